@@ -209,8 +209,7 @@ class MultiHeadAttention(nn.Module):
 class LayerNorm(nn.Module):
     """Give each token's vector mean 0 and variance 1, then a learned scale and shift.  x (..., C) -> (..., C).
 
-    scale · (x - mean) / √(variance + 1e-5) + shift, with the biased variance (Ba et al., 2016, "Layer Normalization");
-    `F.layer_norm` is that formula in one pass over memory.
+    scale · (x - mean) / √(variance + 1e-5) + shift, with the biased variance (Ba et al., 2016); `F.layer_norm` is that formula in one pass over memory.
     """
 
     def __init__(self, emb_dim: int):
@@ -260,18 +259,13 @@ class TransformerBlock(nn.Module):
 # ---- 3. Model: token and position vectors go in at the bottom, a score for each of V next tokens comes out on top ---
 
 MODEL_LIMITS = {  # the keys that make a model, with the least and the greatest value
-    "vocab_size": (1, 10**6),
-    "context_length": (1, 10**6),
-    "emb_dim": (1, 65_536),
-    "n_heads": (1, 1_024),
-    "n_layers": (1, 1_000),
-    "dropout_rate": (0.0, 0.99),
-    "qkv_bias": (False, True),
-}
+    "vocab_size": (1, 10**6), "context_length": (1, 10**6), "emb_dim": (1, 65_536), "n_heads": (1, 1_024),
+    "n_layers": (1, 1_000), "dropout_rate": (0.0, 0.99), "qkv_bias": (False, True),
+}  # fmt: skip
 
 
 def check_value(key: str, value, low, high) -> None:
-    """Raise ValueError unless `value` has the type of `low` (a whole number may stand for a float) and is in between."""
+    """ValueError unless `value` has the type of `low` (an int may stand for a float) and is from `low` to `high`."""
     kind = type(low)
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not fits or not low <= value <= high:
@@ -291,9 +285,9 @@ def check_model_config(config: dict) -> dict:
 
 
 class GPT2(nn.Module):
-    """The GPT-2 language model (GPT-2 paper, section 2.3). `config` needs the keys of `MODEL_LIMITS`; others are ignored.
+    """The GPT-2 language model (GPT-2 paper, section 2.3).
 
-    ValueError names a key that is missing or a value that cannot be.
+    `config` needs the keys of `MODEL_LIMITS`; others are ignored. ValueError names a key or value that is wrong.
     """
 
     def __init__(self, config: dict):
@@ -406,16 +400,10 @@ CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old files carry it;
 CONFIG_NAMES = {"vocab_size": "vocab_size", "context_length": "n_positions", "emb_dim": "n_embd", "n_heads": "n_head",
                 "n_layers": "n_layer", "dropout_rate": "resid_pdrop"}  # fmt: skip
 HUGGING_FACE_CONFIG = {  # what a config.json must say, or leave out, for this file to compute the same
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                      "BOOL": torch.bool, "U8": torch.uint8}  # fmt: skip
 
@@ -423,9 +411,10 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 def hugging_face_names(config: dict) -> dict[str, str]:
     """Every parameter of a model of this size, by our name -> their name."""
     with torch.device("meta"):  # shapes without memory
-        parameters = GPT2(config).state_dict()
-    names = {ours.format(i): theirs.format(i) for ours, theirs in HUGGING_FACE_NAMES.items() for i in range(config["n_layers"])}
-    return {name: f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}" for name in parameters}
+        parameters = [name.rpartition(".") for name in GPT2(config).state_dict()]
+    blocks = range(config["n_layers"])
+    names = {ours.format(i): theirs.format(i) for ours, theirs in HUGGING_FACE_NAMES.items() for i in blocks}
+    return {f"{module}.{kind}": f"{names[module]}.{kind}" for module, _, kind in parameters}
 
 
 def model_from_tensors(config: dict, tensors: dict[str, Tensor], source: str | Path) -> GPT2:
@@ -439,11 +428,12 @@ def model_from_tensors(config: dict, tensors: dict[str, Tensor], source: str | P
     weights, wanted = {}, model.state_dict()
     for name in [*wanted, *(tensors.keys() - wanted.keys())]:
         if name not in wanted or name not in tensors:
-            raise ValueError(f"{source}: the tensor {name} {'is missing' if name in wanted else 'has no place in GPT-2'}")
-        tensor, shape = tensors[name], wanted[name].shape
+            fault = "is missing" if name in wanted else "has no place in GPT-2"
+            raise ValueError(f"{source}: the tensor {name} {fault}")
+        tensor, shape = tensors[name], tuple(wanted[name].shape)
         if tensor.shape != shape or not tensor.is_floating_point():
             found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{source}: the tensor {name} is {found}; the config asks for floats of shape {tuple(shape)}")
+            raise ValueError(f"{source}: the tensor {name} is {found}; the config asks for floats of shape {shape}")
         weights[name] = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if not torch.isfinite(weights[name]).all():
             raise ValueError(f"{source}: the tensor {name} holds NaN or infinity; get a clean copy")
@@ -602,6 +592,7 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
 # ---- 5. Data: text becomes tokens, tokens become inputs and targets, a target one token ahead of its input -----------
 
 IGNORED = -100  # a target that no loss counts
+FINE_TUNING = (".json", ".jsonl")  # how the names of files with examples end; all others are text
 # Cutting a text before white space that follows something else changes no token: GPT-2's pattern never joins the two.
 SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
@@ -765,7 +756,7 @@ class CompletionDataset(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Items of any lengths as x (B, T), y (B, T). Padding stands behind, where no token sees it and no loss counts it."""
+    """Items of any lengths as x (B, T), y (B, T); padding stands behind, where no token sees it and no loss counts."""
     xs, ys = zip(*items)
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return pad(xs, padding_value=0), pad(ys, padding_value=IGNORED)
@@ -773,9 +764,10 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
     """An instruction, with or without an input, in the layout of Stanford Alpaca."""
-    kind = "task, paired with an input that provides further context" if context else "task"
-    request = f"Below is an instruction that describes a {kind}. Write a response that appropriately completes the request."
-    return f"{request}\n\n### Instruction:\n{instruction}" + (f"\n\n### Input:\n{context}" if context else "") + "\n\n### Response:\n"
+    paired = ", paired with an input that provides further context" if context else ""
+    request = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
+    middle = f"### Input:\n{context}\n\n" if context else ""
+    return f"{request} request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
@@ -794,7 +786,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
             names = ("prompt", "completion") if "prompt" in fields else ("instruction", "output")
             prompt, completion, context = (*map(fields.get, names), fields.get("input") or "")
             if not all(isinstance(value, str) for value in (prompt, completion, context)):
-                raise ValueError('the texts "prompt" and "completion", or "instruction", "output" and maybe "input", are needed')
+                raise ValueError('needs texts "prompt", "completion" or "instruction", "output" and maybe "input"')
             examples.append((prompt if "prompt" in fields else instruction_prompt(prompt, context), completion))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, {place} {number}: {error}") from error
@@ -811,20 +803,15 @@ def find_data(name: str) -> Path:
     raise FileNotFoundError(f"there is no data file {name!r}: give --data a UTF-8 text, or .jsonl to fine-tune")
 
 
-def is_fine_tuning_data(path: Path) -> bool:
-    """Whether a file holds examples rather than text."""
-    return path.suffix.lower() in (".json", ".jsonl")
-
-
 def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset | CompletionDataset | None]:
     """The training and the validation set of a run. ValueError says how much there is and what to lower."""
     path, fraction, context = find_data(config["data"]), config["val_fraction"], config["context_length"]
-    if is_fine_tuning_data(path):
+    if path.suffix in FINE_TUNING:
         examples = read_examples(path)
         random.Random(config["seed"]).shuffle(examples)  # files are often sorted by class
         n_val = math.ceil(len(examples) * fraction)
         if n_val == len(examples):
-            raise ValueError(f"{path} has {n_val} example(s), and val_fraction {fraction} leaves none to train on: lower it")
+            raise ValueError(f"{path} has {n_val} examples; val_fraction {fraction} leaves none to train on: lower it")
         train_set, val_set = CompletionDataset(examples[n_val:], context), CompletionDataset(examples[:n_val], context)
         log.info("data      %s: %s examples to train on, %s to validate", path, f"{len(train_set):,}", f"{n_val:,}")
         if n_cut := train_set.n_cut + val_set.n_cut:
@@ -878,13 +865,9 @@ CONFIG = {
     "chunked_loss": False,  # logits in pieces: 0.9 GB less at 124M and 4 x 512 tokens, steps 1.05 times as long
 }
 LIMITS = MODEL_LIMITS | {  # of keys that may not be anything from zero to a billion
-    "val_fraction": (0.0, 0.9),
-    "batch_size": (1, 10**6),
-    "grad_accumulation": (1, 10**6),
-    "epochs": (1, 10**6),
-    "learning_rate": (1e-12, 10.0),
-    "seed": (0, 2**31 - 1),
-}
+    "val_fraction": (0.0, 0.9), "batch_size": (1, 10**6), "grad_accumulation": (1, 10**6), "epochs": (1, 10**6),
+    "learning_rate": (1e-12, 10.0), "seed": (0, 2**31 - 1),
+}  # fmt: skip
 
 
 def check_config(config: dict) -> dict:
@@ -894,16 +877,15 @@ def check_config(config: dict) -> dict:
         raise ValueError(f"the config has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     config = {**CONFIG, **config}
     for key, default in CONFIG.items():
-        if isinstance(default, str) and not isinstance(config[key], str):
-            raise ValueError(f"{key} is {config[key]!r}; it must be a text")
         if not isinstance(default, str):
-            kind = type(default)
-            check_value(key, config[key], *LIMITS.get(key, (kind(0), True if kind is bool else kind(10**9))))
+            check_value(key, config[key], *LIMITS.get(key, (type(default)(0), type(default)(10**9))))
+        elif not isinstance(config[key], str):
+            raise ValueError(f"{key} is {config[key]!r}; it must be a text")
     check_model_config(config)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
     if config["min_learning_rate"] > config["learning_rate"]:
-        raise ValueError(f"min_learning_rate {config['min_learning_rate']} is above learning_rate {config['learning_rate']}")
+        raise ValueError(f"min_learning_rate is above learning_rate {config['learning_rate']}: lower it")
     if config["vocab_size"] < CONFIG["vocab_size"]:
         raise ValueError(f"vocab_size is {config['vocab_size']}; GPT-2's tokens need at least {CONFIG['vocab_size']}")
     return config
@@ -932,7 +914,7 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is an accelerator if there is one; under torchrun each process takes its own. ValueError if unavailable."""
+    """`auto` is an accelerator if there is one; under torchrun each process takes its own. ValueError if there is none."""
     try:
         if name == "auto":
             name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
@@ -1041,7 +1023,7 @@ def write_files(writers: dict[Path, Callable]) -> None:
 
 
 def safe_load(path: Path) -> dict:
-    """The dict of tensors and plain values in a file of torch.save; nothing in it is run. ValueError if it is broken."""
+    """The dict of plain values that is in a file of torch.save; nothing in it is run. ValueError if it is broken."""
     try:
         is_zip = zipfile.is_zipfile(path)  # files from before 2020 are not
         if is_zip:
@@ -1067,11 +1049,11 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours, on the CPU; its `config` and `model` (weights by name) are there. ValueError if not ours."""
+    """A checkpoint of ours: `config`, `model` (weights by name) and maybe more. ValueError if it is none."""
     checkpoint = safe_load(Path(path))
     config, model = checkpoint.get("config"), checkpoint.get("model")
     if checkpoint.get("format") != CHECKPOINT_FORMAT or not isinstance(config, dict) or not isinstance(model, dict):
-        raise ValueError(f"{path} is no checkpoint of this program: its format is {str(checkpoint.get('format'))[:40]!r}")
+        raise ValueError(f"{path} is no checkpoint of this program (its format should be {CHECKPOINT_FORMAT!r})")
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in model.items()):
         raise ValueError(f"{path} holds no weights by name")
     try:
@@ -1093,7 +1075,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise ValueError(f"process {file.read()} is training into {folder}: wait, or give another --out") from None
+                owner = f"process {file.read()} is training into {folder}"
+                raise ValueError(f"{owner}: wait, or give another --out") from None
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -1109,8 +1092,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed, for the next step to use again.
 
-    It would map each large tensor anew, and the system fill it with zeros page by page. Keeping them makes a step at 124M
-    parameters and 4 x 512 tokens 1.18 times as fast on two cores, and takes 0.9 GB more memory.
+    It would map each large tensor anew, and the system fill it with zeros page by page. Keeping them makes a step at
+    124M parameters and 4 x 512 tokens 1.18 times as fast on two cores, and takes 0.9 GB more memory.
     """
     with contextlib.suppress(OSError, AttributeError):  # no glibc: macOS, Windows, musl
         libc = ctypes.CDLL("libc.so.6")
@@ -1121,7 +1104,7 @@ def keep_freed_memory() -> None:
 class Run:
     """Everything that a training run is between two steps: data, model, optimizer, and how far it has come."""
 
-    KEPT = ("config", "step", "tokens_seen", "best_val_loss", "metrics", "windows_per_step", "data_sha256")  # in last.pt
+    KEPT = ("config", "step", "tokens_seen", "best_val_loss", "metrics", "windows_per_step", "data_sha256")
 
     def __init__(self, config: dict, model: GPT2 | None = None):
         self.config, self.device = config, pick_device(config["device"])
@@ -1135,8 +1118,8 @@ class Run:
         self.total_steps = config["epochs"] * self.steps_per_epoch
         self.end = min(self.total_steps, config["max_steps"] or self.total_steps)
         self.step, self.tokens_seen, self.best_val_loss, self.metrics = 0, 0, math.inf, []
-        self.best = None  # what is to become best.pt at the next save
-        self.is_new = True  # nothing of this run is saved yet
+        self.epoch, self.order = None, None  # an epoch, and the order of its windows
+        self.best, self.is_new = None, True  # what the next save writes to best.pt; whether nothing is saved yet
 
         torch.manual_seed(config["seed"])
         self.model = (model or GPT2(config)).to(self.device).train()
@@ -1177,12 +1160,13 @@ class Run:
         """The batches (x, y) that this process works through in optimizer step 1, 2, …
 
         Each epoch has its own order of windows, which follows from the seed. A step takes the next batch_size ×
-        grad_accumulation × processes of them, and each process its share: no overlap, no loss. The last step of an epoch
-        takes what is left.
+        grad_accumulation × processes of them, or what is left, and each process its share: no overlap, no loss.
         """
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        order = epoch_order(len(self.train_set), self.config["seed"], epoch)
-        order = order[position * self.windows_per_step : (position + 1) * self.windows_per_step]
+        if self.epoch != epoch:
+            generator = torch.Generator().manual_seed(self.config["seed"] * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.train_set), generator=generator)
+        order = self.order[position * self.windows_per_step : (position + 1) * self.windows_per_step]
         items = [self.train_set[i] for i in order[self.rank :: self.world].tolist()]
         if not items:  # fewer windows than processes: work on one that counts nothing, for the others wait for us
             x, y = self.train_set[int(order[0])]
@@ -1212,7 +1196,7 @@ class Run:
         return sum_over_processes(total)[0], n_targets
 
     def optimizer_step(self) -> dict:
-        """One step of AdamW and what it measured. FloatingPointError, and no step, if loss or gradient is not finite."""
+        """One step of AdamW; what it measured. FloatingPointError, and no step, if loss or gradient is not finite."""
         started, step, config = time.perf_counter(), self.step + 1, self.config
         # Dropout follows from (seed, step, process). A resumed run needs no random state, and nothing that happens
         # between two steps (an evaluation, a sample, the caller's own work) can change the run.
@@ -1258,14 +1242,15 @@ class Run:
         return self.step % (every or self.steps_per_epoch) == 0 or self.step == self.end
 
     def save(self, folder: Path, plot: bool = False) -> bool:
-        """Write what the run leaves. False, after a warning, if that fails: training goes on, the next save tries again."""
+        """Write what the run leaves. False, after a warning, if that fails: the next save tries again."""
         last = {"format": CHECKPOINT_FORMAT, "finished": self.step == self.end}
         last |= {name: getattr(self, name) for name in self.KEPT}
         last |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
         writers = {"best.pt": functools.partial(torch.save, self.best)} if self.best else {}
         if plot:
             writers["loss.png"] = functools.partial(plot_losses, self.metrics)
-        writers["metrics.jsonl"] = lambda file: file.write("".join(json.dumps(row) + "\n" for row in self.metrics).encode())
+        lines = "".join(json.dumps(row) + "\n" for row in self.metrics)
+        writers["metrics.jsonl"] = lambda file: file.write(lines.encode())
         writers["last.pt"] = functools.partial(torch.save, last)
         try:
             write_files({folder / name: write for name, write in writers.items()})
@@ -1276,12 +1261,6 @@ class Run:
             return False
         self.best, self.is_new = None, False
         return True
-
-
-@functools.lru_cache(maxsize=1)
-def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
-    """The order of the windows in an epoch (length): shuffled, and always the same."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 # What may differ when a run is resumed. The text's contents and the windows of a step are compared by themselves.
@@ -1315,9 +1294,9 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
     config = check_config(CONFIG | model.config | {"dropout_rate": CONFIG["dropout_rate"]} | given)
     for key in MODEL_LIMITS.keys() - {"context_length", "dropout_rate"}:
         if config[key] != model.config[key]:
-            raise ValueError(f"{key} is {config[key]!r}, but the model to start from has {model.config[key]!r}: leave it out")
+            raise ValueError(f"{key} {config[key]!r} contradicts the model's {model.config[key]!r}: leave it out")
     if config["context_length"] > model.config["context_length"]:
-        raise ValueError(f"context_length {config['context_length']} is above the model's {model.config['context_length']}")
+        raise ValueError(f"context_length is above the model's {model.config['context_length']}: lower it")
     if check_model_config(config) != model.config:  # a shorter context drops the positions behind it
         weights = model.state_dict()
         weights["position_embedding.weight"] = weights["position_embedding.weight"][: config["context_length"]]
@@ -1331,7 +1310,7 @@ def describe(run: Run, folder: Path | None) -> None:
     log.info("model     %s: %s layers, %s heads, width %s, context %s", size,
              *(config[key] for key in ("n_layers", "n_heads", "emb_dim", "context_length")))  # fmt: skip
     log.info("device    %s, %s%s", run.device, run.precision, f", {run.world} processes" if run.world > 1 else "")
-    log.info("steps     %s to %s, %s an epoch, of %s windows", run.step + 1, run.end, run.steps_per_epoch, run.windows_per_step)
+    log.info("steps     %s to %s, %s an epoch", run.step + 1, run.end, run.steps_per_epoch)
     if folder and run.is_new and (folder / "last.pt").exists():
         log.info("saving    in %s; the first save replaces the run that is there", folder)
 
@@ -1340,8 +1319,8 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
           resume: bool = False, overwrite: bool = False) -> Iterator[dict]:  # fmt: skip
     """Train, and yield one dict a step: its line of metrics.jsonl, `total_steps`, and after an epoch a `sample`.
 
-    `config` holds what differs from `CONFIG`. `out` is the folder for last.pt, best.pt, metrics.jsonl and loss.png; None
-    writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path. `resume`
+    `config` holds what differs from `CONFIG`. `out` is the folder for last.pt, best.pt, metrics.jsonl and loss.png;
+    None writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path. `resume`
     continues `out`/last.pt bit for bit. Closing the generator between two steps saves first.
 
     Losses are nats per token; `tokens_per_second` counts targets. ValueError and FileNotFoundError say what to change;
@@ -1512,7 +1491,7 @@ def printable(text: str) -> str:
 
 
 class Notes(logging.Handler):
-    """Notes on standard error. On a terminal the next note overwrites a live one; elsewhere one comes every 10 seconds."""
+    """Notes on standard error. On a terminal the next overwrites a live one; elsewhere one comes every 10 seconds."""
 
     def __init__(self):
         super().__init__()
@@ -1557,7 +1536,7 @@ def run_train(args: argparse.Namespace) -> None:
             log.info("    %s", " ".join(row["sample"].split()))
         if any(sum_over_processes(len(signals))):  # all processes stop after the same step
             run.close()
-            log.info("stopped after step %s, saved; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
+            log.info("saved step %s; continue with: python gpt2.py train --resume --out %s", row["step"], args.out)
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     log.info("done      training loss %.3f; %s/loss.png shows the way", row["train_loss"], args.out)
     log.info("next      python gpt2.py generate --model %s/last.pt", args.out)
@@ -1606,7 +1585,7 @@ def run_eval(args: argparse.Namespace) -> None:
     stride = args.stride or max(1, context // 2)
     if stride > context:
         raise ValueError(f"stride {stride} would pass over tokens: the model's context is {context}, lower it")
-    if is_fine_tuning_data(path):
+    if path.suffix in FINE_TUNING:
         dataset = CompletionDataset(read_examples(path), context)
         scored, result = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
     else:
@@ -1692,22 +1671,22 @@ def make_parser() -> Parser:
         kind = {"type": type(value), "metavar": metavar.get(type(value))}
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else kind
         # SUPPRESS: only what was given is in the result. The help says the default all the same.
-        add(f"--{key}", default=argparse.SUPPRESS, help=f"{comments[key]} (default: {value})".replace("%", "%%"), **kind)
+        add(f"--{key}", default=argparse.SUPPRESS, help=f"{comments[key]} (default: {value})", **kind)
 
     add = add_command("generate", run_generate, "continue a text")
-    add("prompt", nargs="?", default=CONFIG["sample_prompt"], metavar="PROMPT", help="text to continue; - reads standard input")
+    add("prompt", nargs="?", default=CONFIG["sample_prompt"], metavar="PROMPT", help="text; - is standard input")
     add("--max_tokens", type=number_from(0), default=100, metavar="N", help="most tokens to write")
     add("--do_sample", action="store_true", help="draw tokens, not always the most probable; the next three imply it")
     add("--temperature", type=float, metavar="X", help="below 1 safer, above 1 wilder; 1 if not given")
     add("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     add("--top_p", type=float, metavar="P", help="draw from the most probable tokens that together reach P")
     add("--num_samples", type=number_from(1), default=1, metavar="N", help="texts to write at once")
-    add("--seed", type=number_from(0), default=42, metavar="N", help="where random numbers start; each text has the next seed")
+    add("--seed", type=number_from(0), default=42, metavar="N", help="text i is drawn with seed N + i")
     add("--instruct", action="store_true", help="give the prompt as an instruction, print the response only")
 
     add = add_command("eval", run_eval, "measure a model on a text or on examples")
     add("--data", metavar="FILE", default=CONFIG["data"], help="UTF-8 text, or .jsonl/.json examples")
-    add("--stride", type=number_from(1), metavar="N", help="tokens from one window to the next; half the context if not given")
+    add("--stride", type=number_from(1), metavar="N", help="tokens between windows; else half the context")
     add("--json", action="store_true", help="print one JSON object")
 
     add = add_command("export", run_export, "write a model as a Hugging Face folder")
@@ -1744,7 +1723,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, status = "", 2
     finally:
         log.removeHandler(notes)
-    message = message or "out of memory: lower --batch_size (and raise --grad_accumulation), --context_length or the size"
+    message = message or "out of memory: lower --batch_size (and raise --grad_accumulation) or --context_length"
     print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status
 
