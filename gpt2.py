@@ -209,7 +209,8 @@ class MultiHeadAttention(nn.Module):
 class LayerNorm(nn.Module):
     """Give each token's vector mean 0 and variance 1, then a learned scale and shift.  x (..., C) -> (..., C).
 
-    scale · (x - mean) / √(variance + 1e-5) + shift, with the biased variance (Ba et al., 2016); `F.layer_norm` is that formula in one pass over memory.
+    scale · (x - mean) / √(variance + 1e-5) + shift, with the biased variance (Ba et al., 2016);
+    `F.layer_norm` is that formula in one pass over memory.
     """
 
     def __init__(self, emb_dim: int):
@@ -765,9 +766,9 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def instruction_prompt(instruction: str, context: str = "") -> str:
     """An instruction, with or without an input, in the layout of Stanford Alpaca."""
     paired = ", paired with an input that provides further context" if context else ""
-    request = f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the"
+    request = f"Below is an instruction that describes a task{paired}. Write a response that"
     middle = f"### Input:\n{context}\n\n" if context else ""
-    return f"{request} request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    return f"{request} appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
@@ -832,7 +833,7 @@ def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset 
 CONFIG = {
     # The model: GPT-2 in everything but size
     "vocab_size": 50257,  # tokens in the vocabulary; GPT-2's are 50257
-    "context_length": 64,  # tokens the model sees at once
+    "context_length": 128,  # tokens the model sees at once
     "emb_dim": 128,  # width of a token's vector
     "n_heads": 4,  # attention heads in a block
     "n_layers": 4,  # blocks
@@ -841,13 +842,13 @@ CONFIG = {
     # The data
     "data": "the-verdict.txt",  # UTF-8 text, or .jsonl/.json examples to fine-tune on
     "val_fraction": 0.1,  # share held back to validate: a text's end, or random examples
-    "stride": 0,  # tokens from one training window to the next; 0: the context
+    "stride": 64,  # tokens from one training window to the next; 0: the context
     # The run
     "batch_size": 8,  # windows or examples that a process works on at once
     "grad_accumulation": 1,  # batches that make one optimizer step
-    "epochs": 20,  # times through the training data
+    "epochs": 30,  # times through the training data
     "max_steps": 0,  # stop after so many optimizer steps; 0: after the epochs
-    "learning_rate": 1e-3,  # the highest, reached by the warm-up
+    "learning_rate": 2e-3,  # the highest, reached by the warm-up
     "min_learning_rate": 1e-4,  # the lowest, at the end
     "warmup_steps": 20,  # optimizer steps up to the highest learning rate
     "decay_steps": 0,  # optimizer steps down to the lowest learning rate; 0: all epochs
@@ -914,7 +915,7 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is an accelerator if there is one; under torchrun each process takes its own. ValueError if there is none."""
+    """`auto` is an accelerator if there is one; under torchrun each process takes its own. ValueError if it cannot."""
     try:
         if name == "auto":
             name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
@@ -1014,8 +1015,10 @@ def write_files(writers: dict[Path, Callable]) -> None:
                 os.fsync(file.fileno())  # else a power cut can keep the name and lose the bytes
         for path, part in parts.items():
             os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    except RuntimeError as error:  # what torch.save makes of a disk that takes no more
+        raise OSError(f"cannot write {path}: the disk is full or has failed") from error
     finally:
         for part in parts.values():
             with contextlib.suppress(OSError):
@@ -1073,6 +1076,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
             try:
                 if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not path.exists():  # the run before removed it while we took it
+                    raise BlockingIOError
             except BlockingIOError:
                 file.seek(0)
                 owner = f"process {file.read()} is training into {folder}"
@@ -1134,7 +1139,8 @@ class Run:
             self.network = nn.parallel.DistributedDataParallel(self.network)
         if self.device.type == "cpu":
             keep_freed_memory()
-        torch.set_float32_matmul_precision("high")  # CUDA: TF32 for products that stay in float32
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
 
     def restore(self, last: dict, path: Path) -> None:
         """Continue from a checkpoint. ValueError if what is left would not be the same run."""
@@ -1320,8 +1326,8 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     """Train, and yield one dict a step: its line of metrics.jsonl, `total_steps`, and after an epoch a `sample`.
 
     `config` holds what differs from `CONFIG`. `out` is the folder for last.pt, best.pt, metrics.jsonl and loss.png;
-    None writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path. `resume`
-    continues `out`/last.pt bit for bit. Closing the generator between two steps saves first.
+    None writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path.
+    `resume` continues `out`/last.pt bit for bit. Closing the generator between two steps saves first.
 
     Losses are nats per token; `tokens_per_second` counts targets. ValueError and FileNotFoundError say what to change;
     FloatingPointError if a loss is not finite; OSError if the last save failed.
