@@ -768,7 +768,8 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
     paired = ", paired with an input that provides further context" if context else ""
     request = f"Below is an instruction that describes a task{paired}. Write a response that"
     middle = f"### Input:\n{context}\n\n" if context else ""
-    return f"{request} appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    request += " appropriately completes the request."
+    return f"{request}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
@@ -813,15 +814,11 @@ def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset 
         n_val = math.ceil(len(examples) * fraction)
         if n_val == len(examples):
             raise ValueError(f"{path} has {n_val} examples; val_fraction {fraction} leaves none to train on: lower it")
-        train_set, val_set = CompletionDataset(examples[n_val:], context), CompletionDataset(examples[:n_val], context)
-        log.info("data      %s: %s examples to train on, %s to validate", path, f"{len(train_set):,}", f"{n_val:,}")
-        if n_cut := train_set.n_cut + val_set.n_cut:
-            log.info("          %s are longer than %s tokens: their prompts lose the beginning", f"{n_cut:,}", context)
-        return train_set, val_set if n_val else None
+        val_set = CompletionDataset(examples[:n_val], context) if n_val else None
+        return CompletionDataset(examples[n_val:], context), val_set
     train_ids, val_ids = load_text(path, fraction)
-    found = f"{path}: {len(train_ids):,} tokens to train on, {len(val_ids):,} to validate"
-    log.info("data      %s", found)
     if len(train_ids) <= context or (fraction and len(val_ids) < 2):
+        found = f"{path} has {len(train_ids):,} tokens to train on and {len(val_ids):,} to validate"
         need = f"context_length {context} needs {context + 1} and 2"
         raise ValueError(f"{found}; {need}: lower --context_length, change --val_fraction, or give more text")
     val_set = GPTDataset(val_ids, min(context, len(val_ids) - 1)) if fraction else None
@@ -1312,9 +1309,17 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
 
 def describe(run: Run, folder: Path | None) -> None:
     """Say what a run will do."""
-    config, size = run.config, f"{run.model.num_parameters():,} parameters"
-    log.info("model     %s: %s layers, %s heads, width %s, context %s", size,
-             *(config[key] for key in ("n_layers", "n_heads", "emb_dim", "context_length")))  # fmt: skip
+    config, sets = run.config, [part for part in (run.train_set, run.val_set) if part]
+    if isinstance(run.train_set, CompletionDataset):
+        unit, counts = "examples", [len(part) for part in sets]
+    else:
+        unit, counts = "tokens", [len(part.token_ids) for part in sets]
+    sizes = ", ".join(f"{count:,} {unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
+    log.info("data      %s: %s", config["data"], sizes)
+    if n_cut := sum(getattr(part, "n_cut", 0) for part in sets):
+        log.info("          %s are longer than %s tokens: their prompts lose the beginning", n_cut, config["context_length"])
+    shape = "{n_layers} layers, {n_heads} heads, width {emb_dim}, context {context_length}".format(**config)
+    log.info("model     %s parameters: %s", f"{run.model.num_parameters():,}", shape)
     log.info("device    %s, %s%s", run.device, run.precision, f", {run.world} processes" if run.world > 1 else "")
     log.info("steps     %s to %s, %s an epoch", run.step + 1, run.end, run.steps_per_epoch)
     if folder and run.is_new and (folder / "last.pt").exists():
