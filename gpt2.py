@@ -1317,7 +1317,7 @@ def describe(run: Run, folder: Path | None) -> None:
     sizes = ", ".join(f"{count:,} {unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
     log.info("data      %s: %s", config["data"], sizes)
     if n_cut := sum(getattr(part, "n_cut", 0) for part in sets):
-        log.info("          %s are longer than %s tokens: their prompts lose the beginning", n_cut, config["context_length"])
+        log.info("          %s are longer than the context: their prompts lose the beginning", f"{n_cut:,}")
     shape = "{n_layers} layers, {n_heads} heads, width {emb_dim}, context {context_length}".format(**config)
     log.info("model     %s parameters: %s", f"{run.model.num_parameters():,}", shape)
     log.info("device    %s, %s%s", run.device, run.precision, f", {run.world} processes" if run.world > 1 else "")

@@ -9,7 +9,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small threads only wait; and every process sums in one order
 
 import ast
-import contextlib
 import hashlib
 import http.server
 import io
@@ -43,6 +42,7 @@ PROGRAM = str(HERE / "gpt2.py")
 TINY = {"vocab_size": 61, "context_length": 8, "emb_dim": 12, "n_heads": 3, "n_layers": 2, "dropout_rate": 0.0}
 TINY["qkv_bias"] = True
 TRAINABLE = {**TINY, "vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1}  # speaks GPT-2's tokens
+RECIPE = {"stride": 0, "learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 2}  # not CONFIG's: that may change
 SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 pytestmark = pytest.mark.filterwarnings("error")  # nothing here may warn
 
@@ -176,7 +176,7 @@ def text(tmp_path_factory):
 def config(text):
     """A run with dropout and accumulation: 6 steps an epoch."""
     return {**TRAINABLE, "dropout_rate": 0.1, "data": str(text), "batch_size": 4, "grad_accumulation": 2, "epochs": 2,
-            "warmup_steps": 2}  # fmt: skip
+            **RECIPE}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +205,7 @@ def whole(tmp_path_factory, config):
 @pytest.fixture(scope="session")
 def long_config(config):
     """A run that lasts long enough to be struck from outside, and notes and saves every step."""
-    return {**config, "epochs": 5, "eval_every": 1, "checkpoint_every": 1}
+    return {**config, "epochs": 4, "eval_every": 1, "checkpoint_every": 1}
 
 
 @pytest.fixture(scope="session")
@@ -445,7 +445,7 @@ def test_a_full_cache_is_refused():
     model(some_ids(1, 8), cache)
     with pytest.raises(ValueError, match="8"):
         model(some_ids(1, 1), cache)
-    with pytest.raises(ValueError, match="cache holds 8"):
+    with pytest.raises(ValueError, match="cache .* 8"):
         cache[0].append(torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4))
 
 
@@ -496,7 +496,7 @@ def test_windows_begin_every_stride_and_targets_are_one_ahead(stride, starts):
 
 def test_one_window_needs_one_token_more_than_the_context():
     assert len(gpt2.GPTDataset(range(5), 4, 1)) == 1
-    with pytest.raises(ValueError, match="4 tokens make no window: context_length 4 takes 5"):
+    with pytest.raises(ValueError, match="4 tokens make no window.* context_length 4 .* 5"):
         gpt2.GPTDataset(range(4), 4, 1)
 
 
@@ -504,6 +504,12 @@ def test_one_window_needs_one_token_more_than_the_context():
 def test_windows_without_length_or_stride_are_refused(context, stride):
     with pytest.raises(ValueError, match="at least 1"):
         gpt2.GPTDataset(range(9), context, stride)
+
+
+def tokens_of(path, val_fraction=0.0):
+    """A text's tokens as training gets them: (to train on, to validate)."""
+    config = {**gpt2.CONFIG, "data": str(path), "val_fraction": val_fraction, "context_length": 1, "stride": 0}
+    return [part and part.token_ids.tolist() for part in gpt2.load_data(config)]
 
 
 def odd_text(rng, length):
@@ -527,8 +533,7 @@ def test_tokenising_in_pieces_is_tokenising_the_whole(tmp_path, tokenizer, monke
                 yield text[at : (at := at + rng.randint(1, 40))]
 
         monkeypatch.setattr(gpt2, "read_blocks", small_blocks)
-        pieces = gpt2.tokenize_file(path, 0, len(text), tokenizer)
-        assert pieces.tolist() == tokenizer.encode(text, allowed_special="all")
+        assert tokens_of(path)[0] == tokenizer.encode(text, allowed_special="all")
 
 
 def test_a_text_of_several_blocks_is_tokenised_as_a_whole(tmp_path, tokenizer):
@@ -536,21 +541,21 @@ def test_a_text_of_several_blocks_is_tokenised_as_a_whole(tmp_path, tokenizer):
     assert len(text) > 2**20
     (tmp_path / "big.txt").write_text(text, encoding="utf-8", newline="")
     text = text.removeprefix("\ufeff")
-    first, second = gpt2.load_text(tmp_path / "big.txt", 0.3, tokenizer)
+    first, second = tokens_of(tmp_path / "big.txt", 0.3)
     cut = int(len(text) * 0.7)
-    assert first.tolist() == tokenizer.encode(text[:cut], allowed_special="all")
-    assert second.tolist() == tokenizer.encode(text[cut:], allowed_special="all")
+    assert first == tokenizer.encode(text[:cut], allowed_special="all")
+    assert second == tokenizer.encode(text[cut:], allowed_special="all")
 
 
-def test_text_that_is_not_utf8_is_refused_with_line_and_byte(tmp_path, tokenizer):
+def test_text_that_is_not_utf8_is_refused_with_line_and_byte(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"one\r\ntwo\nthr\xe9e\n")
-    with pytest.raises(ValueError, match="line 3, byte 4: 0xe9"):
-        gpt2.load_text(tmp_path / "latin.txt", 0.1, tokenizer)
+    with pytest.raises(ValueError, match="line 3, byte 4.* 0xe9"):
+        tokens_of(tmp_path / "latin.txt")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfhello world")
-    assert gpt2.load_text(tmp_path / "bom.txt", 0.0, tokenizer)[0].tolist() == tokenizer.encode("hello world")
+    assert tokens_of(tmp_path / "bom.txt")[0] == tokenizer.encode("hello world")
 
 
 def test_text_to_ids_and_back(tokenizer):
@@ -565,11 +570,15 @@ def test_text_to_ids_and_back(tokenizer):
 
 def test_a_folder_named_by_the_user_is_where_the_vocabulary_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    gpt2.use_own_vocabulary()
+    gpt2.load_tokenizer.__wrapped__()
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path)
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
-    gpt2.use_own_vocabulary()
+    gpt2.load_tokenizer.__wrapped__()
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(HERE / ".tiktoken")
+
+
+def completions(pairs, context_length):
+    return gpt2.CompletionDataset(pairs, context_length)
 
 
 def write_lines(path, *entries):
@@ -593,14 +602,14 @@ def test_fine_tuning_data_comes_as_pairs_or_instructions_as_lines_or_a_list(tmp_
 
 
 def test_only_the_completion_and_the_end_are_targets(tokenizer):
-    x, y = gpt2.CompletionDataset([("one two", " three four")], 10, tokenizer)[0]
+    x, y = completions([("one two", " three four")], 10)[0]
     prompt, completion = tokenizer.encode("one two"), tokenizer.encode(" three four")
     assert x.tolist() == prompt + completion
     assert y.tolist() == [-100] * (len(prompt) - 1) + completion + [tokenizer.eot_token]
 
 
 def test_a_long_example_loses_the_left_of_its_prompt(tokenizer):
-    dataset = gpt2.CompletionDataset([("a b c d e f g h", " y z"), ("a", " b")], 5, tokenizer)
+    dataset = completions([("a b c d e f g h", " y z"), ("a", " b")], 5)
     x, y = dataset[0]
     assert dataset.n_cut == 1
     assert x.tolist() == tokenizer.encode(" f g h y z")
@@ -608,7 +617,7 @@ def test_a_long_example_loses_the_left_of_its_prompt(tokenizer):
 
 
 def test_an_empty_prompt_becomes_end_of_text(tokenizer):
-    x, y = gpt2.CompletionDataset([("", " yes")], 5, tokenizer)[0]
+    x, y = completions([("", " yes")], 5)[0]
     assert x.tolist() == [tokenizer.eot_token, *tokenizer.encode(" yes")] and -100 not in y
 
 
@@ -719,7 +728,7 @@ def test_evaluate_draws_no_random_number_and_puts_the_mode_back(training):
 
 def test_padding_changes_no_loss(tokenizer, examples):
     model = lively({**TRAINABLE, "context_length": 12})
-    dataset = gpt2.CompletionDataset(gpt2.read_examples(examples), 12, tokenizer)
+    dataset = completions(gpt2.read_examples(examples), 12)
     assert len({len(x) for x, _ in dataset}) > 2
     alone = [(model(x[None], targets=y[None]).item(), int((y != -100).sum())) for x, y in dataset]
     together = gpt2.evaluate(model, dataset)
@@ -806,7 +815,7 @@ def test_a_signal_saves_and_resume_finishes_the_run(long_whole, long_config, tmp
     notes = process.communicate(timeout=60)[1]
     assert process.returncode == status and "--resume" in notes and "Traceback" not in notes
     step = gpt2.load_checkpoint(tmp_path / "last.pt")["step"]
-    assert 0 < step < 30 and len(metrics_of(tmp_path)) == step
+    assert 0 < step < 24 and len(metrics_of(tmp_path)) == step
     result = cli("train", "--resume", "--out", tmp_path)
     assert result.code == 0 and result.out == ""
     assert_same_run(tmp_path, long_whole)
@@ -837,7 +846,7 @@ def test_resume_wants_the_same_text_and_windows_a_step(config, tmp_path):
 def test_a_finished_run_is_not_resumed_and_a_missing_one_neither(whole, tmp_path):
     with pytest.raises(ValueError, match="all 12 steps .* done"):
         next(gpt2.train(out=whole, resume=True))
-    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+    with pytest.raises(FileNotFoundError, match="to resume"):
         next(gpt2.train(out=tmp_path, resume=True))
 
 
@@ -923,10 +932,10 @@ def test_a_last_save_that_fails_is_an_error(config, tmp_path, monkeypatch):
     FailingDisk(monkeypatch)
     rows = []
     with pytest.raises(OSError, match="step 3, the last, could not be saved"):
-        for row in gpt2.train({**config, "max_steps": 3}, out=tmp_path):
+        for row in gpt2.train({**config, "max_steps": 3}, out=tmp_path / "run"):
             rows.append(row)
-    assert len(rows) == 3 and list(tmp_path.iterdir()) == []
-    run = gpt2.train(config, out=tmp_path)
+    assert len(rows) == 3 and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    run = gpt2.train(config, out=tmp_path / "run")
     next(run)
     with pytest.raises(OSError, match="step 1 could not be saved"):
         run.close()
@@ -955,13 +964,13 @@ def test_a_full_disk_keeps_the_last_save(config, tmp_path, caplog):
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_save(config, tmp_path):
-    model = gpt2.GPT2(TRAINABLE)
+    model = gpt2.GPT2({**TRAINABLE, "dropout_rate": 0.1})
     run = gpt2.train({**config, "checkpoint_every": 1}, out=tmp_path, init=model)
     next(run), next(run)
     before = (tmp_path / "last.pt").read_bytes()
     with torch.no_grad():
         model.final_norm.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="step 3 has loss nan .* learning rate 0.000"):
+    with pytest.raises(FloatingPointError, match="step [23].* nan .*learning rate 0.000978"):
         next(run)
     assert (tmp_path / "last.pt").read_bytes() == before and gpt2.load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
@@ -993,22 +1002,31 @@ def test_two_processes_at_half_the_batch_train_as_one(two_processes, one_process
 
 def test_one_process_goes_on_with_a_run_of_two(two_processes, one_process, config, tmp_path):
     folder = shutil.copytree(two_processes, tmp_path / "run")
-    with pytest.raises(ValueError, match="8 windows a step; 1 processes now take 4"):
+    with pytest.raises(ValueError, match="8 windows a step.* 4"):
         next(gpt2.train(out=folder, resume=True))
     rows = list(gpt2.train({"batch_size": 4, "max_steps": 0}, out=folder, resume=True))
     assert_close_rows(rows, one_process[7:])
 
 
-def test_training_starts_from_a_model(whole, config):
+def test_training_starts_from_a_model(whole, config, tmp_path):
     """--init: the same weights, a shorter context, the dropout of the run."""
+    config = {**config, "context_length": 5, "dropout_rate": 0.0}
     model = gpt2.GPT2.from_pretrained(whole / "last.pt")
-    run = gpt2.train({**config, "context_length": 5, "dropout_rate": 0.0}, out=None, init=whole / "last.pt")
-    given = gpt2.train({**config, "context_length": 5, "dropout_rate": 0.0}, out=None, init=model)
-    first, same = next(run), next(given)
+    first, same = (next(gpt2.train(config, out=None, init=init)) for init in (whole / "last.pt", model))
     assert numbers([first]) == numbers([same])
     assert first["train_loss"] < metrics_of(whole)[0]["train_loss"]
-    assert model.config["context_length"] == 5 and model.position_embedding.weight.shape[0] == 5
-    assert model.config["dropout_rate"] == 0.0 and model.training
+    train_until(1, {**config, "learning_rate": 1e-9, "min_learning_rate": 0.0}, tmp_path, init=whole / "last.pt")
+    start, moved = gpt2.load_checkpoint(whole / "last.pt"), gpt2.load_checkpoint(tmp_path / "last.pt")
+    assert moved["config"]["context_length"] == 5 and moved["config"]["dropout_rate"] == 0.0
+    for name, tensor in moved["model"].items():
+        assert torch.allclose(tensor, start["model"][name][: len(tensor)], atol=1e-6)
+
+
+def test_a_model_object_is_trained_in_place(config):
+    model = gpt2.GPT2({**TRAINABLE, "dropout_rate": 0.1})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    next(gpt2.train(config, out=None, init=model))
+    assert model.training and not same_state(before, model.state_dict())
 
 
 # --- 7. sampling ----------------------------------------------------------------------------------------------
@@ -1067,15 +1085,20 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
 
 def test_the_end_of_text_stops_a_row_and_fills_it():
     model, idx = lively(TINY), some_ids(2, 4)
-    free = gpt2.generate(model, idx, 12)
+
+    def draw(idx, **options):
+        seeded = [torch.Generator().manual_seed(i) for i in range(len(idx))]
+        return gpt2.generate(model, idx, 12, temperature=2.0, generator=seeded, **options)
+
+    free = draw(idx)
     new = [i for i in range(5, 12) if free[0, i] not in free[0, 4:i] and free[0, i] not in free[1, 4:]]
     at, eos = new[0], int(free[0, new[0]])  # row 0 alone says this, first here
     columns = []
-    stopped = gpt2.generate(model, idx, 12, eos_id=eos, on_token=columns.append)
+    stopped = draw(idx, eos_id=eos, on_token=columns.append)
     assert torch.equal(stopped[1], free[1]) and torch.equal(stopped[0, :at], free[0, :at])
     assert (stopped[0, at:] == eos).all()
     assert torch.equal(torch.cat(columns, dim=1), stopped[:, 4:])
-    alone = gpt2.generate(model, idx[:1], 12, eos_id=eos)
+    alone = draw(idx[:1], eos_id=eos)
     assert torch.equal(alone, free[:1, : at + 1])
 
 
@@ -1092,7 +1115,7 @@ def test_arguments_of_generate_that_make_no_sense_are_named(change):
 
 def test_a_generator_too_few_is_an_error():
     with pytest.raises(ValueError):
-        gpt2.generate(lively(TINY), some_ids(3, 3), 2, temperature=1.0, generator=[torch.Generator()])
+        gpt2.sample_next(torch.zeros(3, 9), temperature=1.0, generator=[torch.Generator()])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -1126,3 +1149,780 @@ def test_generate_is_without_dropout_and_puts_the_mode_back(training):
 
 def test_no_new_token_gives_the_prompt():
     assert torch.equal(gpt2.generate(lively(TINY), some_ids(2, 4), 0), some_ids(2, 4))
+
+
+# --- 8. pretrained --------------------------------------------------------------------------------------------
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64}
+
+
+def write_safetensors(path, tensors, edit=lambda header: None):
+    """An independent writer of the format; `edit` may spoil the header."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        dtype = next(key for key, value in DTYPES.items() if value == tensor.dtype)
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def reference_logits(tensors, n_heads, n_layers, idx):
+    """GPT-2 from tensors under OpenAI's names, as openai/gpt-2's model.py computes it."""
+    w = {name.removeprefix("transformer."): tensor.float() for name, tensor in tensors.items()}
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][: idx.size(1)]
+    for i in range(n_layers):
+        q, k, v = dense(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=-1)
+        out = []
+        for q, k, v in zip(*(part.chunk(n_heads, dim=-1) for part in (q, k, v))):
+            scores = q @ k.transpose(1, 2) / math.sqrt(q.size(-1))
+            scores = scores + torch.full_like(scores, -math.inf).triu(1)
+            out.append(scores.softmax(-1) @ v)
+        x = x + dense(torch.cat(out, dim=-1), f"h.{i}.attn.c_proj")
+        h = dense(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        x = x + dense(F.gelu(h, approximate="tanh"), f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(model, folder it was exported to, the folder's tensors)."""
+    folder = tmp_path_factory.mktemp("exported") / "folder"
+    model = lively(TINY)
+    model.save_pretrained(folder)
+    tensors = {name: tensor.clone() for name, tensor in gpt2.read_safetensors(folder / "model.safetensors").items()}
+    return SimpleNamespace(model=model, folder=folder, tensors=tensors)
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of the exported folder, to spoil."""
+    return shutil.copytree(exported.folder, tmp_path / "folder")
+
+
+def test_exported_tensors_mean_the_same_to_openais_code(exported):
+    idx = some_ids(2, 8)
+    theirs = reference_logits(exported.tensors, 3, 2, idx)
+    assert torch.allclose(theirs, exported.model(idx), atol=1e-4)
+    assert exported.tensors["transformer.h.0.attn.c_attn.weight"].shape == (12, 36)
+    assert exported.tensors["transformer.h.1.mlp.c_fc.weight"].shape == (12, 48)
+
+
+def test_export_writes_these_files_and_nothing_else(exported):
+    names = ["config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"]
+    assert sorted(path.name for path in exported.folder.iterdir()) == names
+    config = json.loads((exported.folder / "config.json").read_text(encoding="utf-8"))
+    expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 61, "n_positions": 8, "n_ctx": 8,
+                "n_embd": 12, "n_head": 3, "n_layer": 2, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                "bos_token_id": 50256, "eos_token_id": 50256, "tie_word_embeddings": True, "n_inner": None,
+                "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
+    assert {key: config[key] for key in expected} == expected
+    tokenizer = json.loads((exported.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert tokenizer["tokenizer_class"] == "GPT2Tokenizer" and tokenizer["model_max_length"] == 8
+    kept = {hashlib.sha256(path.read_bytes()).digest() for path in (HERE / ".tiktoken").iterdir()}
+    assert {hashlib.sha256((exported.folder / name).read_bytes()).digest() for name in names[1::3] + [names[4]]} >= kept
+
+
+def as_safetensors(folder, tensors):
+    write_safetensors(folder / "model.safetensors", tensors)
+
+
+def as_shards(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, part in shards.items():
+        write_safetensors(folder / shard, {name: tensors[name] for name in part})
+    weight_map = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_pytorch(folder, tensors):
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("style", ["prefix", "bare", "masks and head"])
+@pytest.mark.parametrize("write", [as_safetensors, as_shards, as_pytorch])
+def test_a_hugging_face_folder_of_each_kind_is_read(exported, folder, write, style, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in exported.tensors.items()}
+    if style != "prefix":
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    expected = reference_logits(tensors, 3, 2, some_ids(2, 8))
+    if style == "masks and head":
+        for i in range(2):
+            tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+            tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-10000.0)
+        tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    write(folder, tensors)
+    model = gpt2.GPT2.from_pretrained(folder)
+    assert torch.allclose(model(some_ids(2, 8)), expected, atol=1e-4)
+    assert not model.training and all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    assert model.config == TINY
+
+
+def test_a_model_without_query_bias_exports_zeros(tmp_path):
+    model = lively({**TINY, "qkv_bias": False})
+    model.save_pretrained(tmp_path)
+    back = gpt2.GPT2.from_pretrained(tmp_path)
+    assert back.config["qkv_bias"] and (back.blocks[1].attention.query_key_value.bias == 0).all()
+    assert torch.allclose(back(some_ids(2, 8)), model(some_ids(2, 8)), atol=1e-5)
+
+
+def test_a_checkpoint_gives_the_model_back(tmp_path):
+    model = lively(TINY)
+    back = gpt2.GPT2.from_pretrained(save_model(model, tmp_path / "a.pt"))
+    assert same_state(back.state_dict(), model.state_dict()) and back.config == model.config and not back.training
+
+
+REFUSED = {"model_type": "llama", "activation_function": "gelu", "layer_norm_epsilon": 1e-6, "n_inner": 99,
+           "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
+           "add_cross_attention": True, "tie_word_embeddings": False}  # fmt: skip
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "gone"}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(folder, key):
+    edit_config(folder, **{key: REFUSED[key]})
+    with pytest.raises(ValueError, match=f"{key} is {REFUSED[key]!r}"):
+        gpt2.GPT2.from_pretrained(folder)
+    edit_config(folder, **{key: "gone"})  # left out, it has the value that GPT-2 has
+    gpt2.GPT2.from_pretrained(folder)
+
+
+def test_n_inner_may_say_four_times_the_width(folder):
+    edit_config(folder, n_inner=48)
+    gpt2.GPT2.from_pretrained(folder)
+
+
+def spoil(change):
+    """A way to spoil a folder: change its tensors and write them again."""
+
+    def act(folder, tensors):
+        tensors = dict(tensors)
+        change(tensors)
+        write_safetensors(folder / "model.safetensors", tensors)
+
+    return act
+
+
+def spoil_header(edit):
+    return lambda folder, tensors: write_safetensors(folder / "model.safetensors", tensors, edit)
+
+
+def cut_file(folder, tensors):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def huge_header(folder, tensors):
+    path = folder / "model.safetensors"
+    path.write_bytes((2**63).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def deep_json(folder, tensors):
+    text = b"[" * 100_000
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def leave_folder(folder, tensors):
+    as_shards(folder, tensors)
+    (folder / "a.safetensors").rename(folder.parent / "a.safetensors")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("a.safetensors", "../a.safetensors"))
+
+
+def lose_shard(folder, tensors):
+    as_shards(folder, tensors)
+    (folder / "b.safetensors").unlink()
+
+
+LN = "transformer.h.0.ln_1.weight"
+WTE = "transformer.wte.weight"
+BAD_FOLDERS = {
+    "no config": (lambda folder, tensors: (folder / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda folder, tensors: (folder / "config.json").write_text("{"), "config.json"),
+    "config is a list": (lambda folder, tensors: (folder / "config.json").write_text("[]"), "config.json"),
+    "config without n_embd": (lambda folder, tensors: edit_config(folder, n_embd="gone"), "n_embd"),
+    "config with words": (lambda folder, tensors: edit_config(folder, n_embd="wide"), "emb_dim"),
+    "config with absurd size": (lambda folder, tensors: edit_config(folder, n_layer=10**12), "n_layers"),
+    "no weights": (lambda folder, tensors: (folder / "model.safetensors").unlink(), "model.safetensors"),
+    "missing tensor": (spoil(lambda t: t.pop(LN)), "norm1.weight is missing|ln_1.weight"),
+    "extra tensor": (spoil(lambda t: t.update(extra=torch.zeros(2))), "extra"),
+    "wrong shape": (spoil(lambda t: t.update({LN: torch.zeros(13)})), r"\(13,\)"),
+    "whole numbers": (spoil(lambda t: t.update({LN: torch.zeros(12, dtype=torch.int64)})), "I64|int64"),
+    "NaN": (spoil(lambda t: t.update({LN: torch.full((12,), math.nan)})), "norm1.weight|ln_1.weight"),
+    "a head of its own": (spoil(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), "lm_head.weight differs"),
+    "cut file": (cut_file, "model.safetensors"),
+    "empty file": (lambda folder, tensors: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
+    "header of 2^63 bytes": (huge_header, "model.safetensors"),
+    "deep header": (deep_json, "model.safetensors"),
+    "header is a list": (lambda folder, tensors: (folder / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0[]"), "model.safetensors"),
+    "overlap": (spoil_header(lambda h: h[LN].update(data_offsets=h[WTE]["data_offsets"])), LN),
+    "offsets beyond the file": (spoil_header(lambda h: h[LN].update(data_offsets=[10**9, 10**9 + 48])), "h.0.ln_1"),
+    "negative offsets": (spoil_header(lambda h: h[LN].update(data_offsets=[-48, 0])), LN),
+    "wrong length": (spoil_header(lambda h: h[LN].update(shape=[11])), LN),
+    "negative shape": (spoil_header(lambda h: h[LN].update(shape=[-12, -1])), "model.safetensors"),
+    "shape of words": (spoil_header(lambda h: h[LN].update(shape=["x"])), LN),
+    "unknown type": (spoil_header(lambda h: h[LN].update(dtype="F4")), "F4"),
+    "entry is no object": (spoil_header(lambda h: h.update({LN: 3})), "model.safetensors"),
+    "three offsets": (spoil_header(lambda h: h[LN].update(data_offsets=[0, 1, 2])), "model.safetensors"),
+    "index leaves the folder": (leave_folder, "index"),
+    "shard missing": (lose_shard, "b.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_a_bad_folder_gives_one_clear_error(exported, folder, kind):
+    act, message = BAD_FOLDERS[kind]
+    act(folder, exported.tensors)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        gpt2.GPT2.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_names_covers_every_parameter(name):
+    with torch.device("meta"):
+        model = gpt2.GPT2({**gpt2.OPENAI_SIZES[name], "dropout_rate": 0.1})
+    theirs = set(gpt2.hugging_face_names(model.config).values())
+    ends = ["ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    expected = {f"h.{i}.{end}" for i in range(model.config["n_layers"]) for end in ends} | {"ln_f"}
+    expected = {f"{stem}.{part}" for stem in expected for part in ("weight", "bias")} | {"wte.weight", "wpe.weight"}
+    assert theirs == expected and len(expected) == len(dict(model.named_parameters()))
+
+
+@pytest.fixture
+def hub(exported, tmp_path, monkeypatch):
+    """A server on this machine in the hub's place: hub.answer is (status, body, length it claims)."""
+    hub = SimpleNamespace(asked=[], answer=None, cache=tmp_path / "torch" / "hub" / "checkpoints")
+    hub.file = (exported.folder / "model.safetensors").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            hub.asked.append(self.path)
+            status, body, length = hub.answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", {key: TINY[key] for key in TINY if key != "dropout_rate"})
+    monkeypatch.chdir(tmp_path)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_size_is_downloaded_once(hub, exported):
+    hub.answer = (200, hub.file, len(hub.file))
+    for _ in range(2):
+        model = gpt2.GPT2.from_pretrained("gpt2")
+    assert hub.asked == ["/openai-community/gpt2/resolve/main/model.safetensors"]
+    assert torch.allclose(model(some_ids(1, 8)), exported.model(some_ids(1, 8)), atol=1e-5)
+    assert len(list(hub.cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["half", "claims half", "missing", "a page"])
+def test_a_download_that_fails_leaves_nothing(hub, kind):
+    half, page = hub.file[: len(hub.file) // 2], b"<html>log in</html>"
+    answers = {"half": (200, half, len(hub.file)), "claims half": (200, half, len(half)),
+               "missing": (404, b"", 0), "a page": (200, page, len(page))}  # fmt: skip
+    hub.answer = answers[kind]
+    with pytest.raises(OSError, match="/openai-community/gpt2/.* could not be downloaded"):
+        gpt2.GPT2.from_pretrained("gpt2")
+    assert list(hub.cache.iterdir()) == []
+    hub.answer = (200, hub.file, len(hub.file))
+    gpt2.GPT2.from_pretrained("gpt2")  # nothing half is in the way
+
+
+# --- 9. command line ------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled without care, this writes a file."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A folder with one good model and every bad file."""
+    folder = tmp_path_factory.mktemp("shelf")
+    model = lively(TRAINABLE)
+    save_model(model, folder / "good.pt")
+    good = (folder / "good.pt").read_bytes()
+
+    def checkpoint(name, **changes):
+        whole = {"format": "gpt2.py 1", "config": model.config, "model": model.state_dict(), **changes}
+        torch.save({key: value for key, value in whole.items() if value is not None}, folder / name)
+
+    files = {
+        "empty.txt": b"", "blank.txt": b" \n\t\n", "short.txt": b"hello there", "latin1.txt": "caf\xe9 ".encode("latin-1") * 99,
+        "utf16.txt": (VERDICT[:999]).encode("utf-16"), "one.txt": b"a", "empty.jsonl": b"", "blank.jsonl": b"\n\n",
+        "broken.jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "deep.jsonl": b"[" * 100_000,
+        "deep.json": b'{"a":' * 100_000, "number.jsonl": b"7\n", "types.jsonl": b'\n{"prompt": "a", "completion": 3}\n',
+        "keys.jsonl": b'{"text": "a"}\n', "null.jsonl": b'{"instruction": null, "output": "x"}\n', "broken.json": b'[{"prompt": ]',
+        "list.json": b"[1, 2]", "latin1.jsonl": '{"prompt": "\xe9"}'.encode("latin-1"),
+        "single.jsonl": b'{"prompt": "a", "completion": "b"}\n', "input.jsonl": b'{"instruction": "a", "input": 3, "output": "x"}',
+        "nothing.pt": b"", "words.pt": b"these are words\n" * 9, "cut.pt": good[: len(good) // 2],
+        "flipped.pt": good[:600_000] + bytes([good[600_000] ^ 255]) + good[600_001:],
+        "foreign.pt": pickle.dumps({"model": SimpleNamespace(a=1)}), "trap.pt": pickle.dumps(Trap()),
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.save({"format": "gpt2.py 1", "config": {}, "model": Trap()}, folder / "zipped_trap.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
+    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data/0", b"\0" * 20_000_000)
+    checkpoint("version.pt", format="gpt2.py 99")
+    checkpoint("no_config.pt", config=None)
+    checkpoint("no_model.pt", model=None)
+    checkpoint("no_width.pt", config={key: value for key, value in model.config.items() if key != "emb_dim"})
+    checkpoint("absurd.pt", config={**model.config, "emb_dim": 10**15})
+    checkpoint("wide.pt", config={**model.config, "emb_dim": 65_536})
+    checkpoint("word.pt", config={**model.config, "n_heads": "two"})
+    checkpoint("no_weights.pt", model={})
+    checkpoint("numbers.pt", model={"token_embedding.weight": 3})
+    checkpoint("nan.pt", model={**model.state_dict(), "final_norm.bias": torch.full((8,), math.nan)})
+    for name, source in (("weights_only", "good.pt"), ("damaged", "cut.pt")):
+        (folder / name).mkdir()
+        shutil.copy(folder / source, folder / name / "last.pt")
+    (folder / "hollow").mkdir()
+    checkpoint("hollow/last.pt", optimizer={}, finished=False)
+    model.save_pretrained(folder / "hf")
+    shutil.copytree(folder / "hf", folder / "hf_cut")
+    cut_file(folder / "hf_cut", None)
+    shutil.copytree(folder / "hf", folder / "hf_gelu")
+    edit_config(folder / "hf_gelu", activation_function="gelu")
+    return folder
+
+
+BAD_COMMANDS = [  # what is typed, and what the one line must hold
+    ("", "COMMAND"), ("trian", "trian"), ("train extra", "extra"), ("train --lr 1", "--lr"),
+    ("train --learning-rate 1", "--learning-rate"), ("train --learn 1", "--learn"), ("train --emb_dim", "emb_dim"),
+    ("train --emb_dim 0", "emb_dim"), ("train --emb_dim -4", "emb_dim"), ("train --emb_dim x", "emb_dim"),
+    ("train --emb_dim 1.5", "emb_dim"), ("train --emb_dim 10 --n_heads 4", "emb_dim 10"), ("train --n_heads 0", "n_heads"),
+    ("train --n_layers 0", "n_layers"), ("train --n_layers 1e3", "n_layers"), ("train --context_length 0", "context_length"),
+    ("train --vocab_size 100", "vocab_size"), ("train --dropout_rate 1", "dropout_rate"),
+    ("train --dropout_rate -0.1", "dropout_rate"), ("train --dropout_rate nan", "dropout_rate"),
+    ("train --batch_size 0", "batch_size"), ("train --grad_accumulation 0", "grad_accumulation"),
+    ("train --epochs 0", "epochs"), ("train --max_steps -1", "max_steps"), ("train --learning_rate 0", "learning_rate"),
+    ("train --learning_rate inf", "learning_rate"), ("train --learning_rate 1e-5", "min_learning_rate"),
+    ("train --min_learning_rate -1", "min_learning_rate"), ("train --warmup_steps -1", "warmup_steps"),
+    ("train --decay_steps -1", "decay_steps"), ("train --weight_decay -1", "weight_decay"),
+    ("train --grad_clip -1", "grad_clip"), ("train --grad_clip nan", "grad_clip"), ("train --seed -1", "seed"),
+    ("train --seed 99999999999", "seed"), ("train --val_fraction 1", "val_fraction"), ("train --stride -1", "stride"),
+    ("train --eval_every -1", "eval_every"), ("train --checkpoint_every -1", "checkpoint_every"),
+    ("train --device nosuch", "nosuch"), ("train --device cuda:99", "cuda:99"), ("train --precision fp61", "fp61"),
+    ("train --qkv_bias yes", "yes"), ("train --model_size gpt3", "gpt3"), ("train --data missing.txt", "missing.txt"),
+    ("train --data hf", "hf"), ("train --data empty.txt", "empty.txt"), ("train --data blank.txt", "blank.txt"),
+    ("train --data latin1.txt", "line 1, byte 4"), ("train --data utf16.txt", "not UTF-8"),
+    ("train --data short.txt", "context_length"), ("train --context_length 5000", "context_length"),
+    ("train --data broken.jsonl", "line 2"), ("train --data types.jsonl", "line 2"), ("train --data keys.jsonl", "line 1"),
+    ("train --data number.jsonl", "line 1"), ("train --data null.jsonl", "line 1"), ("train --data deep.jsonl", "deep.jsonl"),
+    ("train --data deep.json", "deep.json"), ("train --data empty.jsonl", "empty.jsonl"), ("train --data blank.jsonl", "blank.jsonl"),
+    ("train --data broken.json", "broken.json"), ("train --data list.json", "list.json"),
+    ("train --data latin1.jsonl", "not UTF-8"), ("train --data single.jsonl", "single.jsonl"),
+    ("train --data input.jsonl", "line 1"), ("train --resume", "to resume"),
+    ("train --resume --out weights_only", "--init"), ("train --resume --out damaged", "damaged"),
+    ("train --resume --out hollow", "hollow"), ("train --out damaged", "damaged"), ("train --out good.pt", "good.pt"),
+    ("train --init missing.pt", "missing.pt"), ("train --init good.pt --emb_dim 32", "emb_dim"),
+    ("train --init good.pt --context_length 64", "context_length"), ("train --init cut.pt", "cut.pt"),
+    ("generate a b", "b"), ("generate", "python gpt2.py train"), ("generate --model missing.pt", "missing.pt"),
+    ("generate --model nothing.pt", "nothing.pt"), ("generate --model words.pt", "words.pt"),
+    ("generate --model cut.pt", "cut.pt"), ("generate --model flipped.pt", "flipped.pt"),
+    ("generate --model foreign.pt", "foreign.pt"), ("generate --model trap.pt", "trap.pt"),
+    ("generate --model zipped_trap.pt", "zipped_trap.pt"), ("generate --model list.pt", "list"),
+    ("generate --model other.pt", "other.pt"), ("generate --model bomb.pt", "bomb.pt"),
+    ("generate --model version.pt", "version.pt"), ("generate --model no_config.pt", "config"),
+    ("generate --model no_model.pt", "model"), ("generate --model no_width.pt", "emb_dim"),
+    ("generate --model absurd.pt", "emb_dim"), ("generate --model wide.pt", "shape"), ("generate --model word.pt", "n_heads"),
+    ("generate --model no_weights.pt", "is missing"), ("generate --model numbers.pt", "numbers.pt"),
+    ("generate --model nan.pt", "final_norm.bias"), ("generate --model weights_only", "config.json"),
+    ("generate --model hf_cut", "safetensors"), ("generate --model hf_gelu", "activation_function"),
+    ("generate --model good.pt --temperature -1", "temperature"), ("generate --model good.pt --temperature nan", "temperature"),
+    ("generate --model good.pt --temperature hot", "temperature"), ("generate --model good.pt --top_k 0", "top_k"),
+    ("generate --model good.pt --top_k 1.5", "top_k"), ("generate --model good.pt --top_p 0", "top_p"),
+    ("generate --model good.pt --top_p 1.01", "top_p"), ("generate --model good.pt --top_p nan", "top_p"),
+    ("generate --model good.pt --num_samples 0", "num_samples"), ("generate --model good.pt --max_tokens -1", "max_tokens"),
+    ("generate --model good.pt --seed -1", "seed"), ("generate --model good.pt --device nosuch", "nosuch"),
+    ("generate --model good.pt --device meta", "meta"), ("generate --model good.pt --seed x", "seed"),
+    ("eval", "python gpt2.py train"), ("eval --model good.pt --data missing.txt", "missing.txt"),
+    ("eval --model good.pt --stride 0", "stride"), ("eval --model good.pt --stride 9", "stride 9"),
+    ("eval --model good.pt --data empty.txt", "empty.txt"), ("eval --model good.pt --data one.txt", "1 token"),
+    ("eval --model good.pt --data latin1.txt", "not UTF-8"), ("eval --model good.pt --data broken.jsonl", "line 2"),
+    ("eval --model cut.pt", "cut.pt"), ("eval --model good.pt --device nosuch", "nosuch"),
+    ("export", "FOLDER"), ("export new", "python gpt2.py train"), ("export good.pt --model good.pt", "good.pt"),
+    ("export new --model cut.pt", "cut.pt"), ("export new --model hf_gelu", "activation_function"),
+    ("export good.pt/new --model good.pt", "good.pt"),
+]  # fmt: skip
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("typed, message", BAD_COMMANDS, ids=[typed or "nothing" for typed, _ in BAD_COMMANDS])
+def test_bad_input_gives_one_line_and_changes_nothing(shelf, cli, monkeypatch, typed, message):
+    monkeypatch.chdir(shelf)
+    before = contents(shelf)
+    result = cli(*shlex.split(typed))
+    assert result.code == 2 and result.out == ""
+    assert result.err.count("\n") == 1 and "error: " in result.err and message in result.err
+    assert "Traceback" not in result.err and contents(shelf) == before
+
+
+def test_an_error_of_the_program_itself_is_one_line_and_status_2(tmp_path):
+    process = start("generate", "--top_k", 0, cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1) and "top_k" in err
+
+
+def help_of(cli, monkeypatch, command):
+    """What --help says, option by option."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = cli(command, "--help")
+    assert result.code == 0 and result.err == ""
+    return {re.search(r"--(\w+)", part).group(1): part for part in re.split(r"\n  (?=-)", result.out)[1:]}
+
+
+def test_help_shows_every_key_with_its_default(cli, monkeypatch):
+    shown = help_of(cli, monkeypatch, "train")
+    assert [key for key, default in gpt2.CONFIG.items() if f"(default: {default})" not in shown[key]] == []
+    source = (HERE / "gpt2.py").read_text(encoding="utf-8")
+    for key in gpt2.CONFIG:  # the comment beside a key is its help
+        comment = re.search(rf'^    "{key}": .*,  # (.*)$', source, re.MULTILINE).group(1)
+        assert comment in shown[key]
+
+
+@pytest.mark.parametrize("command, options", [
+    ("generate", {"max_tokens": 100, "num_samples": 1, "seed": 42, "model": "checkpoints/last.pt", "device": "auto"}),
+    ("eval", {"data": "the-verdict.txt", "model": "checkpoints/last.pt", "device": "auto"}),
+    ("export", {"model": "checkpoints/last.pt"}), ("train", {"out": "checkpoints"}),
+])  # fmt: skip
+def test_help_of_each_command_shows_defaults(cli, monkeypatch, command, options):
+    shown = help_of(cli, monkeypatch, command)
+    assert [name for name, default in options.items() if f"(default: {default})" not in shown[name]] == []
+
+
+def test_train_accepts_every_key(cli, text, tmp_path):
+    ours = {"vocab_size": 50258, "context_length": 7, "emb_dim": 6, "n_heads": 3, "n_layers": 2, "dropout_rate": 0.2,
+            "qkv_bias": False, "data": str(text), "val_fraction": 0.2, "stride": 5, "batch_size": 3, "grad_accumulation": 2,
+            "epochs": 3, "max_steps": 1, "learning_rate": 2e-3, "min_learning_rate": 2e-4, "warmup_steps": 3,
+            "decay_steps": 9, "weight_decay": 0.2, "grad_clip": 2.0, "seed": 5, "eval_every": 2, "checkpoint_every": 3,
+            "sample_prompt": "No 100%", "device": "cpu", "precision": "fp32", "compile": False,
+            "chunked_loss": True}  # fmt: skip
+    assert ours.keys() == gpt2.CONFIG.keys()
+    result = cli("train", *words(ours), "--out", tmp_path)
+    assert result.code == 0 and result.out == "" and "python gpt2.py generate" in result.err
+    assert gpt2.load_checkpoint(tmp_path / "last.pt")["config"] == ours
+
+
+def test_model_size_sets_the_sizes_and_keys_given_win(cli, monkeypatch, tmp_path):
+    def show(config, **options):
+        raise ValueError(json.dumps(config))
+        yield
+
+    monkeypatch.setattr(gpt2, "train", show)
+    result = cli("train", "--model_size", "gpt2-medium", "--n_layers", 3, "--out", tmp_path)
+    given = json.loads(result.err.partition("error: ")[2])
+    assert given == {**gpt2.OPENAI_SIZES["gpt2-medium"], "n_layers": 3}
+
+
+def forced(tokens, columns=1):
+    """A model that says these tokens one after the other, whatever it is given; then the end of text."""
+
+    class Forced(nn.Module):
+        config = {**TRAINABLE, "context_length": 1000}
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.left = nn.Parameter(torch.zeros(1)), list(tokens)
+
+        def new_cache(self):
+            return []
+
+        def forward(self, idx, cache=None, last_only=False):
+            token = self.left.pop(0) if self.left else 50256
+            return F.one_hot(torch.full((idx.size(0), 1), token), 50257).float() * 50
+
+    return Forced()
+
+
+class Recorder(io.TextIOWrapper):
+    """A standard output that keeps each piece written to it."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.pieces = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return len(text)
+
+
+def say(monkeypatch, tokens, *arguments):
+    """The pieces that `generate` writes when its model says `tokens`."""
+    monkeypatch.setattr(gpt2.GPT2, "from_pretrained", lambda name: forced(tokens))
+    recorder = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", recorder)
+        assert gpt2.main(["generate", *arguments, "--model", "forced", "--device", "cpu"]) == 0
+    return [piece for piece in recorder.pieces if piece]
+
+
+def test_a_character_of_several_tokens_is_printed_whole(monkeypatch, tokenizer):
+    text = " A🙂é漢字B"
+    tokens = tokenizer.encode(text)
+    assert len(tokens) > len(text)
+    pieces = say(monkeypatch, tokens, "Say:")
+    assert "".join(pieces) == f"Say:{text}\n" and not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 5  # as they come, not at once
+
+
+def test_half_a_character_at_the_end_is_shown_as_such(monkeypatch, tokenizer):
+    assert "".join(say(monkeypatch, tokenizer.encode("🙂")[:1], "Say:")) == "Say:\ufffd\n"
+
+
+def test_an_instruction_prints_the_answer_only(monkeypatch, tokenizer):
+    assert "".join(say(monkeypatch, tokenizer.encode("Yes."), "Is it?", "--instruct")) == "Yes.\n"
+
+
+def test_control_characters_are_written_out_on_a_terminal_only(monkeypatch, tokenizer):
+    tokens = tokenizer.encode("\x1b[2J\tx\n\x07")
+    assert "".join(say(monkeypatch, tokens, "\x9bp")) == "\x9bp\x1b[2J\tx\n\x07\n"
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(gpt2.GPT2, "from_pretrained", lambda name: forced(tokens))
+        assert gpt2.main(["generate", "\x9bp", "--model", "forced", "--device", "cpu"]) == 0
+        shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert shown.replace("\r\n", "\n") == "\\x9bp\\x1b[2J\tx\n\\x07\n"
+
+
+@pytest.fixture
+def at_shelf(shelf, cli, monkeypatch):
+    """The command line, in the folder with the good model."""
+    monkeypatch.chdir(shelf)
+    return cli
+
+
+def test_generate_continues_the_prompt_greedily(at_shelf, tokenizer):
+    model = gpt2.GPT2.from_pretrained("good.pt")
+    new = gpt2.generate(model, gpt2.text_to_token_ids("Once upon", tokenizer), 12, eos_id=50256)
+    result = at_shelf("generate", "Once upon", "--model", "good.pt", "--max_tokens", 12)
+    assert result.code == 0 and result.out == gpt2.token_ids_to_text(new, tokenizer) + "\n" and result.err == ""
+
+
+def test_a_dash_reads_the_prompt_from_standard_input(at_shelf, monkeypatch):
+    options = ["--model", "good.pt", "--max_tokens", 5]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\nupon"))
+    assert at_shelf("generate", "-", *options).out == at_shelf("generate", "Once\nupon", *options).out
+
+
+def test_an_empty_prompt_starts_a_text(at_shelf, tokenizer):
+    new = gpt2.generate(gpt2.GPT2.from_pretrained("good.pt"), torch.tensor([[50256]]), 5, eos_id=50256)
+    result = at_shelf("generate", "", "--model", "good.pt", "--max_tokens", 5)
+    assert result.out == gpt2.token_ids_to_text(new[:, 1:], tokenizer) + "\n"
+
+
+def test_of_several_samples_the_first_is_that_of_one(at_shelf):
+    options = ["generate", "Once", "--model", "good.pt", "--max_tokens", 9, "--do_sample"]
+    one, again, three = at_shelf(*options), at_shelf(*options), at_shelf(*options, "--num_samples", 3)
+    parts = re.split(r"^--- sample (\d) of 3 ---\n", three.out, flags=re.MULTILINE)
+    assert parts[:2] == ["", "1"] and parts[3::2] == ["2", "3"]
+    assert parts[2] == one.out == again.out and len({*parts[2::2]}) == 3
+    assert at_shelf(*options, "--seed", 43).out == parts[4]
+
+
+@pytest.mark.parametrize("option", [["--temperature", 1.0], ["--top_k", 60_000], ["--top_p", 1.0]])
+def test_a_sampling_option_implies_sampling(at_shelf, option):
+    start = ["generate", "Once", "--model", "good.pt", "--max_tokens", 9]
+    assert at_shelf(*start, *option).out == at_shelf(*start, "--do_sample").out != at_shelf(*start).out
+    assert at_shelf(*start, "--temperature", 0).out == at_shelf(*start).out
+
+
+def test_a_prompt_longer_than_the_context_is_noted(at_shelf):
+    result = at_shelf("generate", "one two three four five six seven eight nine", "--model", "good.pt", "--max_tokens", 1)
+    assert result.code == 0 and re.search(r"prompt has 9 tokens.* last 8", result.err)
+
+
+def test_a_closed_pipe_ends_quietly(shelf):
+    with start("generate", "Once", "--model", shelf / "good.pt", "--max_tokens", 100_000) as process:
+        assert process.stdout.read(1) == "O"
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+
+
+def test_an_exported_folder_generates_the_same_text(at_shelf, tmp_path):
+    assert at_shelf("export", tmp_path / "folder", "--model", "good.pt").code == 0
+    options = ["generate", "Once", "--max_tokens", 20, "--temperature", 1.3, "--model"]
+    assert at_shelf(*options, tmp_path / "folder").out == at_shelf(*options, "good.pt").out
+
+
+def test_eval_of_a_text_reports_loss_perplexity_bits_and_tokens(at_shelf, text, tokenizer):
+    ids = tokenizer.encode(VERDICT[:1500])
+    model = gpt2.GPT2.from_pretrained("good.pt")
+    for stride in (4, 8):
+        loss = gpt2.evaluate(model, gpt2.GPTDataset(ids, 8), stride=stride)
+        expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": len(ids) - 1}
+        n_bytes = len(VERDICT[:1500].encode()) - len(tokenizer.decode_single_token_bytes(ids[0]))
+        expected["bits_per_byte"] = loss * (len(ids) - 1) / math.log(2) / n_bytes
+        options = ["--stride", stride] if stride != 4 else []  # half the context if not given
+        result = at_shelf("eval", "--model", "good.pt", "--data", text, "--json", *options)
+        assert json.loads(result.out) == pytest.approx(expected, rel=1e-6)
+    table = at_shelf("eval", "--model", "good.pt", "--data", text, "--stride", 8).out
+    assert re.search(rf"^loss +{loss:.4f}\b", table) and re.search(rf"^tokens +{len(ids) - 1}\b", table, re.MULTILINE)
+
+
+def test_eval_of_fine_tuning_data_reports_accuracy_and_a_table(at_shelf, tmp_path, tokenizer):
+    data = [(f"Text {i}:", [" spam", " ham", " maybe so"][i % 3]) for i in range(12)]
+    path = write_lines(tmp_path / "a.jsonl", *[{"prompt": p, "completion": c} for p, c in data])
+    model, counts = gpt2.GPT2.from_pretrained("good.pt"), {}
+    for prompt, truth in data:  # written out: the completion, and its end, that is most probable after the prompt
+        scores = {}
+        for label in (" ham", " maybe so", " spam"):
+            ids = tokenizer.encode(prompt) + tokenizer.encode(label) + [50256]
+            begin = len(tokenizer.encode(prompt))
+            log_p = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0], dim=-1)
+            scores[label] = sum(float(log_p[t - 1, ids[t]].detach()) for t in range(begin, len(ids)))
+        predicted = max(scores, key=scores.get)
+        counts[truth, predicted] = counts.get((truth, predicted), 0) + 1
+    accuracy = sum(count for (truth, predicted), count in counts.items() if truth == predicted) / 12
+    report = json.loads(at_shelf("eval", "--model", "good.pt", "--data", path, "--json").out)
+    assert report["accuracy"] == pytest.approx(accuracy)
+    assert report["loss"] == pytest.approx(gpt2.evaluate(model, completions(data, 8)), rel=1e-6)
+    assert report["tokens"] == 4 * 2 + 4 * 2 + 4 * 3
+    rows = at_shelf("eval", "--model", "good.pt", "--data", path).out.splitlines()[-3:]
+    for row, truth in zip(rows, (" ham", " maybe so", " spam")):
+        expected = [counts.get((truth, label), 0) for label in (" ham", " maybe so", " spam")]
+        assert row.startswith(repr(truth)) and list(map(int, row.split()[-3:])) == expected
+
+
+def test_fine_tuning_learns_to_classify(at_shelf, tmp_path):
+    data = [{"prompt": f"{'win money' if i % 2 else 'see you'} {i}", "completion": " spam" if i % 2 else " ham"} for i in range(16)]
+    path = write_lines(tmp_path / "a.jsonl", *data)
+    options = {"data": path, "epochs": 25, "learning_rate": 0.01, "warmup_steps": 2, "val_fraction": 0.0, "emb_dim": 32}
+    assert at_shelf("train", *words({**TRAINABLE, **options}), "--out", tmp_path / "out").code == 0
+    report = json.loads(at_shelf("eval", "--model", tmp_path / "out/last.pt", "--data", path, "--json").out)
+    assert report["accuracy"] == 1.0 and report["loss"] < 0.3
+
+
+def test_without_a_checkpoint_the_two_ways_to_one_are_named(cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    error = cli("generate").err
+    assert "python gpt2.py train" in error and "--model gpt2" in error
+
+
+# --- 10. notebook and tree ------------------------------------------------------------------------------------
+
+NOTEBOOK = HERE / "walkthrough.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+
+
+def outputs(notebook):
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+
+
+def test_the_notebook_is_nbformat_4_5_and_was_run_from_top_to_bottom(notebook):
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    counts = [cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1)) and len(counts) > 10
+
+
+def test_the_notebook_ran_without_errors_or_warnings(notebook):
+    assert outputs(notebook)
+    assert not [o for o in outputs(notebook) if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+def test_the_notebook_has_readable_ids_of_its_own(notebook):
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{2,63}", i) and not re.fullmatch(r"[0-9a-f-]{8,}", i) for i in ids)
+
+
+def test_the_notebook_is_small_and_needs_nothing_from_elsewhere(notebook):
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    assert len(text.encode()) < 2_000_000
+    assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt)/", text), "an absolute path"
+    assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text), "a picture from elsewhere"
+
+
+def test_the_notebook_runs(tmp_path):
+    assert NOTEBOOK.is_file()
+    folder = shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "checkpoints", ".venv"))
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "walkthrough.ipynb"]
+    command += ["--output-dir", str(tmp_path), "--output", "executed.ipynb"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    executed = json.loads((tmp_path / "executed.ipynb").read_text(encoding="utf-8"))
+    assert not [o for o in outputs(executed) if o["output_type"] == "error" or o.get("name") == "stderr"]
+
+
+def test_requirements_are_pinned():
+    lines = (HERE / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    packages = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z]+==[0-9.]+", package) for package in packages)
+    assert [package.partition("==")[0] for package in packages] == ["torch", "tiktoken", "matplotlib", "jupyter", "pytest"]
+
+
+def test_the_readme_names_the_test_command_and_its_links_exist():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert "python -m pytest -q" in text
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
+        target = "".join(target)
+        assert target.startswith("http") or (HERE / target).exists(), target
+
+
+def test_the_vocabulary_files_are_those_that_tiktoken_expects():
+    hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in (HERE / ".tiktoken").iterdir()}
+    assert hashes == {"1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",  # vocab.bpe
+                      "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}  # encoder.json # fmt: skip
+    names = {path.name for path in (HERE / ".tiktoken").iterdir()}
+    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    assert names == {hashlib.sha1((address + name).encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")}
+
+
+def test_the_program_imports_the_standard_library_torch_tiktoken_and_matplotlib_only():
+    modules = set()
+    for node in ast.walk(ast.parse((HERE / "gpt2.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.partition(".")[0])
+    assert modules - set(sys.stdlib_module_names) == {"torch", "tiktoken", "matplotlib"}
