@@ -830,26 +830,26 @@ def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset 
 CONFIG = {
     # The model: GPT-2 in everything but size
     "vocab_size": 50257,  # tokens in the vocabulary; GPT-2's are 50257
-    "context_length": 128,  # tokens the model sees at once
+    "context_length": 64,  # tokens the model sees at once
     "emb_dim": 128,  # width of a token's vector
     "n_heads": 4,  # attention heads in a block
     "n_layers": 4,  # blocks
-    "dropout_rate": 0.1,  # share of values dropped at random while training
+    "dropout_rate": 0.0,  # share of values dropped at random while training
     "qkv_bias": True,  # give queries, keys and values a bias, as OpenAI did
     # The data
     "data": "the-verdict.txt",  # UTF-8 text, or .jsonl/.json examples to fine-tune on
     "val_fraction": 0.1,  # share held back to validate: a text's end, or random examples
-    "stride": 64,  # tokens from one training window to the next; 0: the context
+    "stride": 32,  # tokens from one training window to the next; 0: the context
     # The run
     "batch_size": 8,  # windows or examples that a process works on at once
     "grad_accumulation": 1,  # batches that make one optimizer step
-    "epochs": 30,  # times through the training data
+    "epochs": 20,  # times through the training data
     "max_steps": 0,  # stop after so many optimizer steps; 0: after the epochs
     "learning_rate": 2e-3,  # the highest, reached by the warm-up
-    "min_learning_rate": 1e-4,  # the lowest, at the end
-    "warmup_steps": 20,  # optimizer steps up to the highest learning rate
+    "min_learning_rate": 5e-4,  # the lowest, at the end
+    "warmup_steps": 50,  # optimizer steps up to the highest learning rate
     "decay_steps": 0,  # optimizer steps down to the lowest learning rate; 0: all epochs
-    "weight_decay": 0.1,  # AdamW's pull on matrices and embeddings towards zero
+    "weight_decay": 0.3,  # AdamW's pull on matrices and embeddings towards zero
     "grad_clip": 1.0,  # longest gradient; 0: any length
     "seed": 42,  # where all random numbers start
     # On the way, counted in optimizer steps
