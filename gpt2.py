@@ -43,6 +43,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -808,7 +809,7 @@ def find_data(name: str) -> Path:
 def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset | CompletionDataset | None]:
     """The training and the validation set of a run. ValueError says how much there is and what to lower."""
     path, fraction, context = find_data(config["data"]), config["val_fraction"], config["context_length"]
-    if path.suffix in FINE_TUNING:
+    if path.suffix.lower() in FINE_TUNING:
         examples = read_examples(path)
         random.Random(config["seed"]).shuffle(examples)  # files are often sorted by class
         n_val = math.ceil(len(examples) * fraction)
@@ -822,7 +823,7 @@ def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset 
         need = f"context_length {context} needs {context + 1} and 2"
         raise ValueError(f"{found}; {need}: lower --context_length, change --val_fraction, or give more text")
     val_set = GPTDataset(val_ids, min(context, len(val_ids) - 1)) if fraction else None
-    return GPTDataset(train_ids, context, config["stride"] or context), val_set
+    return GPTDataset(train_ids, context, config["stride"] or max(1, context // 2)), val_set
 
 
 # ---- 6. CONFIG: every setting of a run; `python gpt2.py train --KEY VALUE` changes one ------------------------------
@@ -839,7 +840,7 @@ CONFIG = {
     # The data
     "data": "the-verdict.txt",  # UTF-8 text, or .jsonl/.json examples to fine-tune on
     "val_fraction": 0.1,  # share held back to validate: a text's end, or random examples
-    "stride": 32,  # tokens from one training window to the next; 0: the context
+    "stride": 0,  # tokens from one training window to the next; 0: half the context
     # The run
     "batch_size": 8,  # windows or examples that a process works on at once
     "grad_accumulation": 1,  # batches that make one optimizer step
@@ -882,6 +883,8 @@ def check_config(config: dict) -> dict:
     check_model_config(config)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
+    if config["stride"] > config["context_length"]:
+        raise ValueError(f"stride {config['stride']} is above context_length {config['context_length']}: lower it")
     if config["min_learning_rate"] > config["learning_rate"]:
         raise ValueError(f"min_learning_rate is above learning_rate {config['learning_rate']}: lower it")
     if config["vocab_size"] < CONFIG["vocab_size"]:
@@ -1030,7 +1033,8 @@ def safe_load(path: Path) -> dict:
             with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                     raise ValueError("its parts do not match their checksums")
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, once
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
         return value
@@ -1066,8 +1070,8 @@ def load_checkpoint(path: str | Path) -> dict:
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when the process ends, however it ends. ValueError if taken."""
+    path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
     try:
         with open(path, "a+", encoding="utf-8") as file:
             try:
@@ -1087,8 +1091,9 @@ def only_run_in(folder: Path) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is empty: then nothing was saved
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # works only if it is empty: then nothing was saved
 
 
 def keep_freed_memory() -> None:
@@ -1141,6 +1146,8 @@ class Run:
 
     def restore(self, last: dict, path: Path) -> None:
         """Continue from a checkpoint. ValueError if what is left would not be the same run."""
+        if "optimizer" not in last:
+            raise ValueError(f"{path} holds weights only: start a run from it with --init {path} and another --out")
         if last.get("data_sha256") != self.data_sha256:
             raise ValueError(f"{self.config['data']} is not the text that {path} was trained on: give --data that text")
         if last.get("windows_per_step") != self.windows_per_step:
@@ -1300,10 +1307,15 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
             raise ValueError(f"{key} {config[key]!r} contradicts the model's {model.config[key]!r}: leave it out")
     if config["context_length"] > model.config["context_length"]:
         raise ValueError(f"context_length is above the model's {model.config['context_length']}: lower it")
-    if check_model_config(config) != model.config:  # a shorter context drops the positions behind it
-        weights = model.state_dict()
-        weights["position_embedding.weight"] = weights["position_embedding.weight"][: config["context_length"]]
-        model = model_from_tensors(config, weights, "init")
+    if config["context_length"] < model.config["context_length"]:  # drop the positions behind it
+        kept = model.position_embedding.weight.detach()[: config["context_length"]].clone()
+        model.position_embedding = nn.Embedding.from_pretrained(kept, freeze=False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config["dropout_rate"]
+        if isinstance(module, MultiHeadAttention):
+            module.dropout_rate = config["dropout_rate"]
+    model.config = check_model_config(config)
     return config, model, None
 
 
@@ -1431,7 +1443,9 @@ def sample_next(logits: Tensor, temperature: float = 0.0, top_k: int | None = No
         return logits.argmax(dim=-1, keepdim=True)
     # Drawn on the CPU: the same on every device, and some devices' multinomial misbehaves.
     probabilities = next_token_probabilities(logits.float().cpu(), temperature, top_k, top_p)
-    generators = generator if isinstance(generator, Sequence) else itertools.repeat(generator)
+    generators = generator if isinstance(generator, Sequence) else [generator] * len(probabilities)
+    if len(generators) != len(probabilities):
+        raise ValueError(f"{len(generators)} generators for {len(probabilities)} rows: give one, or one for each row")
     drawn = [torch.multinomial(row, 1, generator=each) for row, each in zip(probabilities, generators)]
     return torch.stack(drawn).to(logits.device)
 
@@ -1596,7 +1610,7 @@ def run_eval(args: argparse.Namespace) -> None:
     stride = args.stride or max(1, context // 2)
     if stride > context:
         raise ValueError(f"stride {stride} would pass over tokens: the model's context is {context}, lower it")
-    if path.suffix in FINE_TUNING:
+    if path.suffix.lower() in FINE_TUNING:
         dataset = CompletionDataset(read_examples(path), context)
         scored, result = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
     else:
@@ -1616,9 +1630,10 @@ def run_eval(args: argparse.Namespace) -> None:
     confusion = result[1] if result else {}
     labels = sorted({true for true, _ in confusion})
     if 0 < len(labels) <= 10:
-        print(f"\n{'true, predicted':<16}" + "".join(f"{label!r:>14}" for label in labels))
+        width = max(len(repr(label)) for label in labels) + 2
+        print("\nrows: true, columns: predicted\n" + " " * width + "".join(f"{label!r:>{width}}" for label in labels))
         for true in labels:
-            print(f"{true!r:<16}" + "".join(f"{confusion[true, label]:>14,}" for label in labels))
+            print(f"{true!r:<{width}}" + "".join(f"{confusion[true, label]:>{width},}" for label in labels))
 
 
 def run_export(args: argparse.Namespace) -> None:
