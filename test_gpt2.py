@@ -52,7 +52,7 @@ TINY = {
 TINY["qkv_bias"] = True
 TRAINABLE = {**TINY, "vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1}  # speaks GPT-2's tokens
 RECIPE = {
-    "stride": 0,
+    "stride": 8,
     "learning_rate": 1e-3,
     "min_learning_rate": 1e-4,
     "warmup_steps": 2,
@@ -1077,7 +1077,7 @@ def test_one_process_goes_on_with_a_run_of_two(two_processes, one_process, confi
 
 def test_training_starts_from_a_model(whole, config, tmp_path):
     """--init: the same weights, a shorter context, the dropout of the run."""
-    config = {**config, "context_length": 5, "dropout_rate": 0.0}
+    config = {**config, "context_length": 5, "stride": 5, "dropout_rate": 0.0}
     model = gpt2.GPT2.from_pretrained(whole / "last.pt")
     first, same = (next(gpt2.train(config, out=None, init=init)) for init in (whole / "last.pt", model))
     assert numbers([first]) == numbers([same])
