@@ -1,7 +1,7 @@
 """GPT-2 from scratch in one file: attention, the model, OpenAI's weights, training, sampling.
 
     python gpt2.py train                              train a small GPT-2 on the-verdict.txt
-    python gpt2.py generate "I had always thought"    let it write on
+    python gpt2.py generate "I HAD always thought"    let it write on
     python gpt2.py eval --data FILE                   measure a model on a text
     python gpt2.py export FOLDER                      write a folder that `transformers` reads
 
@@ -856,7 +856,7 @@ CONFIG = {
     # On the way, counted in optimizer steps
     "eval_every": 0,  # measure the validation loss so often; 0: once an epoch
     "checkpoint_every": 0,  # save so often, and at each lowest validation loss; 0: once an epoch
-    "sample_prompt": "I had always thought",  # what the model continues after each epoch
+    "sample_prompt": "I HAD always thought",  # what the model continues after each epoch
     # The machine
     "device": "auto",  # auto: an accelerator where there is one; or cpu, cuda, mps, xpu
     "precision": "auto",  # fp32, bf16 or fp16; auto: bf16 or else fp16 on CUDA, fp32 elsewhere
