@@ -31,6 +31,7 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import http.client
 import itertools
 import json
 import logging
@@ -361,7 +362,7 @@ class GPT2(nn.Module):
         path = Path(name_or_path)
         if path.is_dir():
             return load_hugging_face(path).eval()
-        if path.exists():
+        if path.is_file():
             checkpoint = load_checkpoint(path)
             return model_from_tensors(checkpoint["config"], checkpoint["model"], path).eval()
         if str(name_or_path) in OPENAI_SIZES:
@@ -490,7 +491,7 @@ def load_hugging_face(folder: Path) -> GPT2:
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face folder")
     theirs = {"resid_pdrop": 0.1, **read_json(config_file)}
-    if theirs.get("n_inner") is not None and theirs["n_inner"] == 4 * theirs.get("n_embd", 0):
+    if isinstance(theirs.get("n_embd"), int) and theirs.get("n_inner") == 4 * theirs["n_embd"]:
         theirs["n_inner"] = None  # two ways to say the same
     for key, needed in HUGGING_FACE_CONFIG.items():
         if theirs.get(key, needed) != needed:
@@ -544,7 +545,7 @@ def load_openai(name: str) -> GPT2:
             torch.hub.download_url_to_file(url, str(part))
             read_safetensors(part)  # as long as its header says: half a file never takes the name
             os.replace(part, path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error).replace(str(part), "what arrived")
             raise OSError(f"{url} could not be downloaded: {reason}; check the network, or HF_ENDPOINT") from error
         finally:
@@ -554,6 +555,8 @@ def load_openai(name: str) -> GPT2:
 
 def save_hugging_face(model: GPT2, folder: Path) -> None:
     """Write what `transformers`, llama.cpp's converter and vLLM take for a GPT-2, each file whole or not at all."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give another name")
     ours, context, special = model.config, model.config["context_length"], "<|endoftext|>"
     config = {"architectures": ["GPT2LMHeadModel"], **HUGGING_FACE_CONFIG, "n_ctx": context}
     config |= {theirs: ours[key] for key, theirs in CONFIG_NAMES.items()}
@@ -803,7 +806,7 @@ def find_data(name: str) -> Path:
     for path in (Path(name), HERE / name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"there is no data file {name!r}: give --data a UTF-8 text, or .jsonl to fine-tune")
+    raise FileNotFoundError(f"there is no file {name!r} to read: give --data a UTF-8 text, or .jsonl to fine-tune")
 
 
 def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset | CompletionDataset | None]:
@@ -923,7 +926,7 @@ def pick_device(name: str) -> torch.device:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.ones(1, device=name).item()  # the only sure way to know
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"the device {name!r} cannot be used here ({reason}); try --device cpu") from error
 
@@ -1004,7 +1007,7 @@ def classify(model: GPT2, dataset: CompletionDataset) -> tuple[float, dict[tuple
 def write_files(writers: dict[Path, Callable]) -> None:
     """Write files so that each is whole or as it was: beside their names first, down to the disk, then renamed.
 
-    `writers` maps a path to what writes into an open binary file. OSError if that fails; then no file has changed.
+    `writers` maps a path to what writes into an open binary file. OSError if that fails.
     """
     parts = {path: path.with_name(path.name + ".part") for path in writers}
     try:
@@ -1025,7 +1028,7 @@ def write_files(writers: dict[Path, Callable]) -> None:
                 part.unlink(missing_ok=True)
 
 
-def safe_load(path: Path) -> dict:
+def safe_load(path: Path, mmap: bool = True) -> dict:
     """The dict of plain values that is in a file of torch.save; nothing in it is run. ValueError if it is broken."""
     try:
         is_zip = zipfile.is_zipfile(path)  # files from before 2020 are not
@@ -1034,13 +1037,14 @@ def safe_load(path: Path) -> dict:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                     raise ValueError("its parts do not match their checksums")
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below, once
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
         return value
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, EOFError,
             MemoryError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
+        reason = "not only tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
         raise ValueError(f"{path} is damaged, or no file of torch.save that is safe to read ({reason})") from error
 
 
@@ -1052,9 +1056,9 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     write_files({Path(path): functools.partial(torch.save, checkpoint)})
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """A checkpoint of ours: `config`, `model` (weights by name) and maybe more. ValueError if it is none."""
-    checkpoint = safe_load(Path(path))
+    checkpoint = safe_load(Path(path), mmap)
     config, model = checkpoint.get("config"), checkpoint.get("model")
     if checkpoint.get("format") != CHECKPOINT_FORMAT or not isinstance(config, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} is no checkpoint of this program (its format should be {CHECKPOINT_FORMAT!r})")
@@ -1070,6 +1074,8 @@ def load_checkpoint(path: str | Path) -> dict:
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when the process ends, however it ends. ValueError if taken."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give --out another name")
     path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -1089,7 +1095,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                    path.unlink()
     finally:
         if is_new:
             with contextlib.suppress(OSError):
@@ -1157,14 +1164,16 @@ class Run:
             )
         try:
             for name in ("model", "optimizer", "scaler"):
-                getattr(self, name).load_state_dict(last[name])
+                if last[name]:  # a scaler that was off has no state
+                    getattr(self, name).load_state_dict(last[name])
             for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
                 setattr(self, name, type(getattr(self, name))(last[name]))
         except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} cannot be continued: {str(error).partition(chr(10))[0]}") from error
         self.is_new = False
         if self.step >= self.end:
-            raise ValueError(f"all {self.end} steps of {path} are done: to train on, start anew with --init {path}")
+            more = "raise --max_steps" if self.end < self.total_steps else f"start anew with --init {path}"
+            raise ValueError(f"all {self.end} steps of {path} are done: to train on, {more}")
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The batches (x, y) that this process works through in optimizer step 1, 2, …
@@ -1257,8 +1266,6 @@ class Run:
         last |= {name: getattr(self, name) for name in self.KEPT}
         last |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
         writers = {"best.pt": functools.partial(torch.save, self.best)} if self.best else {}
-        if plot:
-            writers["loss.png"] = functools.partial(plot_losses, self.metrics)
         lines = "".join(json.dumps(row) + "\n" for row in self.metrics)
         writers["metrics.jsonl"] = lambda file: file.write(lines.encode())
         writers["last.pt"] = functools.partial(torch.save, last)
@@ -1270,6 +1277,11 @@ class Run:
             log.warning("step %s was not saved: %s", self.step, error)
             return False
         self.best, self.is_new = None, False
+        if plot:  # by itself, so that no trouble with a picture costs a checkpoint
+            try:
+                write_files({folder / "loss.png": functools.partial(plot_losses, self.metrics)})
+            except (OSError, ImportError) as error:
+                log.warning("loss.png was not drawn: %s", error)
         return True
 
 
@@ -1289,11 +1301,11 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
             raise ValueError("resume continues a run; init and overwrite start one: leave out one of them")
         if last is None or not last.is_file():
             raise FileNotFoundError(f"there is no {last} to resume: start a run without --resume")
-        checkpoint = load_checkpoint(last)
-        config, wanted = check_config(checkpoint["config"]), check_config(given)
-        for key in sorted(given.keys() - FREE_TO_CHANGE):
-            if wanted[key] != config[key]:
-                found = f"{last} was trained with {key} {config[key]!r}, which {wanted[key]!r} contradicts"
+        checkpoint = load_checkpoint(last, mmap=False)  # the file will be replaced
+        config = check_config(checkpoint["config"])
+        for key in sorted(given.keys() & config.keys() - FREE_TO_CHANGE):
+            if given[key] != config[key]:
+                found = f"{last} was trained with {key} {config[key]!r}, which {given[key]!r} contradicts"
                 raise ValueError(f"{found}: leave it out, or start anew with --init {last} and another --out")
         return check_config(config | given), None, checkpoint
     if last and last.is_file() and not overwrite and load_checkpoint(last).get("finished") is False:
@@ -1399,8 +1411,8 @@ def plot_losses(metrics: list[dict], file) -> None:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for sampling arguments that make no sense."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if temperature != 0 and not 1e-4 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or from 0.0001 on")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
@@ -1425,7 +1437,7 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
     if top_p is not None and top_p < 1:
         ordered, where = probabilities.sort(descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
-        kept = ordered.masked_fill(before >= top_p, 0.0)
+        kept = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)  # never the first
         probabilities = torch.zeros_like(kept).scatter(1, where, kept / kept.sum(dim=-1, keepdim=True))
     return probabilities
 
@@ -1533,8 +1545,13 @@ class Notes(logging.Handler):
         start = "\r\x1b[K" if self.open_line else ""
         self.open_line = live and on_terminal
         width = shutil.get_terminal_size().columns - 1
-        sys.stderr.write(start + (text[:width] if self.open_line else text + "\n"))
-        sys.stderr.flush()
+        try:
+            sys.stderr.write(start + (text[:width] if self.open_line else text + "\n"))
+            sys.stderr.flush()
+        except BrokenPipeError:  # nobody reads on
+            raise
+        except OSError:  # a full disk under a log file is no reason to stop
+            pass
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -1559,7 +1576,7 @@ def run_train(args: argparse.Namespace) -> None:
         log.info(text, extra={"live": "val_loss" not in row})
         if "sample" in row:
             log.info("    %s", " ".join(row["sample"].split()))
-        if any(sum_over_processes(len(signals))):  # all processes stop after the same step
+        if any(sum_over_processes(len(signals))) and row["step"] < row["total_steps"]:  # all stop after the same step
             run.close()
             log.info("saved step %s; continue with: python gpt2.py train --resume --out %s", row["step"], args.out)
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
@@ -1574,6 +1591,10 @@ def run_generate(args: argparse.Namespace) -> None:
     check_sampling(temperature, args.top_k, args.top_p)
     model, tokenizer = load_model(args), load_tokenizer()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:  # whatever the terminal's encoding, the bytes are taken for UTF-8
+        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise ValueError("the prompt is not UTF-8 text") from None
     ids = prompt_ids(instruction_prompt(prompt) if args.instruct else prompt)
     if ids.size(1) > model.config["context_length"]:
         log.info("the prompt has %s tokens; the model sees the last %s", ids.size(1), model.config["context_length"])
@@ -1722,6 +1743,8 @@ def make_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. 0, or 2 after one line on standard error that says what is wrong and what to do."""
+    for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
     args = make_parser().parse_args(arguments)
@@ -1731,6 +1754,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.setLevel(logging.INFO)
     try:
         args.run(args)
+        sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader has left, as `| head -1` does
         for stream in (sys.stdout, sys.stderr):
