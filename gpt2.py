@@ -40,6 +40,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -298,14 +299,16 @@ class GPT2(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = check_model_config(config)
-        self.token_embedding = nn.Embedding(config["vocab_size"], config["emb_dim"])  # (V, C), also the output head
-        self.position_embedding = nn.Embedding(config["context_length"], config["emb_dim"])  # learned
+        self.config, width = check_model_config(config), config["emb_dim"]
+        words, places = torch.empty(config["vocab_size"], width), torch.empty(config["context_length"], width)
+        self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)  # (V, C), also the output head
+        self.position_embedding = nn.Embedding.from_pretrained(places, freeze=False)  # learned
         self.dropout = nn.Dropout(config["dropout_rate"])
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config["n_layers"]))
-        self.final_norm = LayerNorm(config["emb_dim"])
+        self.final_norm = LayerNorm(width)
         self.chunked_loss = False  # see CONFIG
-        self.apply(self._initialise)
+        if not words.is_meta:  # PyTorch's device for shapes without memory, where files are read into: see section 4
+            self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
         """Weights normal with standard deviation 0.02, biases zero (OpenAI's model.py).
@@ -423,26 +426,39 @@ def hugging_face_names(config: dict) -> dict[str, str]:
     return {f"{module}.{kind}": f"{names[module]}.{kind}" for module, _, kind in parameters}
 
 
+def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path) -> None:
+    """ValueError names a tensor that is missing, too many, of another shape or not finite, or that is no real one.
+
+    A file may claim huge tensors and hold a few numbers that all of them share: then the sizes do not add up.
+    """
+    for name in sorted(shapes.keys() ^ tensors.keys()):
+        fault = "is missing" if name in shapes else "has no place in GPT-2"
+        raise ValueError(f"{source}: the tensor {name} {fault}")
+    for name, tensor in tensors.items():
+        plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+        if not plain or tensor.shape != shapes[name] or tensor.device.type != "cpu":
+            kind = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)[:40]
+            raise ValueError(f"{source}: the tensor {name} is {kind}; it must be floats of shape {tuple(shapes[name])}")
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    there = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if there < sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()):
+        raise ValueError(f"{source}: its tensors claim more than the {there} bytes that are there")
+    for name, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{source}: the tensor {name} holds NaN or infinity; get a clean copy")
+
+
 def model_from_tensors(config: dict, tensors: dict[str, Tensor], source: str | Path) -> GPT2:
-    """A model with these weights, by our names. ValueError names the tensor that is missing, wrong or not finite.
+    """A model with these weights, by our names. ValueError says what is wrong with them (see `check_tensors`).
 
     The model is laid out on the meta device, without memory, and takes one tensor after the other: there is never more
     than one copy of the weights beside what `tensors` maps from a file.
     """
     with torch.device("meta"):
         model = GPT2(config)
-    weights, wanted = {}, model.state_dict()
-    if odd := wanted.keys() ^ tensors.keys():
-        fault = "is missing" if min(odd) in wanted else "has no place in GPT-2"
-        raise ValueError(f"{source}: the tensor {min(odd)} {fault}")
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{source}: the tensor {name} is {found}; it must be floats {tuple(wanted[name].shape)}")
-        weights[name] = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{source}: the tensor {name} holds NaN or infinity; get a clean copy")
-    model.load_state_dict(weights, assign=True)
+    check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, source)
+    copy = functools.partial(Tensor.to, dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict({name: copy(tensor.detach()) for name, tensor in tensors.items()}, assign=True)
     return model.requires_grad_(True)
 
 
@@ -1043,8 +1059,9 @@ def safe_load(path: Path, mmap: bool = True) -> dict:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
         return value
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, EOFError,
-            MemoryError, pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+    except Exception as error:  # there is no end to what a broken file can make its readers raise
+        if isinstance(error, OSError) and error.filename:  # this one is not broken, but missing or forbidden
+            raise
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
         reason = "not only tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
         raise ValueError(f"{path} is damaged, or no file of torch.save that is safe to read ({reason})") from error
@@ -1066,6 +1083,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
         raise ValueError(f"{path} is no checkpoint of this program (its format should be {CHECKPOINT_FORMAT!r})")
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in model.items()):
         raise ValueError(f"{path} holds no weights by name")
+    if odd := [key for key, value in checkpoint.items() if isinstance(value, Tensor)]:
+        raise ValueError(f"{path} holds a tensor for {odd[0]}")
     try:
         check_model_config(config)
     except ValueError as error:
@@ -1137,6 +1156,12 @@ class Run:
         self.epoch, self.order = None, None  # an epoch, and the order of its windows
         self.best, self.is_new = None, True  # what the next save writes to best.pt; whether nothing is saved yet
 
+        if self.device.type == "cpu" and hasattr(os, "sysconf"):
+            n_weights = config["emb_dim"] * (config["vocab_size"] + 12 * config["n_layers"] * config["emb_dim"])
+            need, there = 16 * n_weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if need > there:  # weights, gradients and AdamW's two moments are 4 bytes each
+                needs = f"training this model takes at least {need / 1e9:,.0f} GB of memory"
+                raise ValueError(f"{needs}, and the machine has {there / 1e9:,.0f}: lower --emb_dim or --n_layers")
         torch.manual_seed(config["seed"])
         self.model = (model or GPT2(config)).to(self.device).train()
         self.model.chunked_loss = config["chunked_loss"]
@@ -1164,14 +1189,25 @@ class Run:
                 f"{path} took {last.get('windows_per_step')} windows a step; batch_size x grad_accumulation x "
                 f"{self.world} process(es) now make {self.windows_per_step}: change one until they agree"
             )
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
-            for name in ("model", "optimizer", "scaler"):
-                if last[name]:  # a scaler that was off has no state
-                    getattr(self, name).load_state_dict(last[name])
-            for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
-                setattr(self, name, type(getattr(self, name))(last[name]))
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            check_value("step", last["step"], 0, 10**9)
+            check_value("tokens_seen", last["tokens_seen"], 0, 10**18)
+            check_value("best_val_loss", last["best_val_loss"], 0.0, math.inf)
+            steps = [row["step"] for row in json.loads(json.dumps(last["metrics"])) if row["train_loss"] > 0]
+            if steps != list(range(1, last["step"] + 1)):
+                raise ValueError("its metrics are not those of its steps")
+            state = {i: dict(last["optimizer"]["state"])[i] for i in range(len(parameters))}
+            for i, parameter in enumerate(parameters):  # AdamW believes what it gets, and would write past its end
+                shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                check_tensors(state[i], shapes, f"AdamW's state of parameter {i}")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            if last["scaler"]:  # one that was off has no state
+                self.scaler.load_state_dict(last["scaler"])
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
             raise ValueError(f"{path} cannot be continued: {str(error).partition(chr(10))[0]}") from error
+        for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
+            setattr(self, name, last[name])
         self.is_new = False
         if self.step >= self.end:
             more = "raise --max_steps" if self.end < self.total_steps else f"start anew with --init {path}"
@@ -1292,7 +1328,7 @@ FREE_TO_CHANGE = {"max_steps", "eval_every", "checkpoint_every", "sample_prompt"
 
 
 def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, resume: bool, overwrite: bool):
-    """What shall run: (config, model to start from or None, checkpoint to continue or None).
+    """What shall run: (config, model to go on with or None, checkpoint to continue or None).
 
     ValueError if `given` contradicts the checkpoint or the model, or if starting would lose an unfinished run.
     """
@@ -1308,7 +1344,7 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
             if given[key] != config[key]:
                 found = f"{last} was trained with {key} {config[key]!r}, which {given[key]!r} contradicts"
                 raise ValueError(f"{found}: leave it out, or start anew with --init {last} and another --out")
-        return check_config(config | given), None, checkpoint
+        return check_config(config | given), model_from_tensors(config, checkpoint["model"], last), checkpoint
     if last and last.is_file() and not overwrite and load_checkpoint(last).get("finished") is False:
         raise ValueError(f"{folder} holds an unfinished run: give --resume, --overwrite or another --out")
     if init is None:
@@ -1575,7 +1611,8 @@ def run_train(args: argparse.Namespace) -> None:
             log.info("    %s", " ".join(row["sample"].split()))
         if any(sum_over_processes(len(signals))) and row["step"] < row["total_steps"]:  # all stop after the same step
             run.close()
-            log.info("saved step %s; continue with: python gpt2.py train --resume --out %s", row["step"], args.out)
+            again = f"python gpt2.py train --resume --out {shlex.quote(args.out)}"
+            log.info("saved step %s; continue with: %s", row["step"], again)
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     log.info("done      training loss %.3f; %s/loss.png shows the way", row["train_loss"], args.out)
     log.info("next      python gpt2.py generate --model %s/last.pt", args.out)
@@ -1676,12 +1713,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
-def number_from(low: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number of at least `low`."""
+def number_from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type for argparse: a whole number from `low` to `high`."""
 
     def number(text: str) -> int:
-        if not low <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {2**31 - 1}")
+        """The number, or argparse's error."""
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return int(text)
 
     return number
@@ -1724,7 +1762,7 @@ def make_parser() -> Parser:
     add("--temperature", type=float, metavar="X", help="below 1 safer, above 1 wilder; 1 if not given")
     add("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     add("--top_p", type=float, metavar="P", help="draw from the most probable tokens that together reach P")
-    add("--num_samples", type=number_from(1), default=1, metavar="N", help="texts to write at once")
+    add("--num_samples", type=number_from(1, 1000), default=1, metavar="N", help="texts to write at once")
     add("--seed", type=number_from(0), default=42, metavar="N", help="text i is drawn with seed N + i")
     add("--instruct", action="store_true", help="give the prompt as an instruction, print the response only")
 

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 import ast
+import functools
 import hashlib
 import http.server
 import io
@@ -888,6 +889,31 @@ def test_an_option_that_contradicts_the_checkpoint_is_named(whole, change):
         next(gpt2.train(change, out=whole, resume=True))
 
 
+STATE = ("optimizer", "state", 2)
+
+
+@pytest.mark.parametrize("path, value, message", [
+    ((*STATE, "exp_avg"), torch.zeros(3), "exp_avg is .*3,"), ((*STATE, "exp_avg_sq"), None, "exp_avg_sq is None"),
+    ((*STATE, "exp_avg_sq"), torch.full((24, 8), math.nan), "NaN"), ((*STATE, "step"), torch.ones(2), "step is"),
+    ((*STATE, "step"), torch.tensor(1.0).to_sparse(), "step is"), ((*STATE, "more"), torch.ones(1), "more has no place"),
+    (STATE, {}, "is missing"), (("optimizer", "state"), 3, "continued"), (("optimizer",), [], "continued"),
+    (("step",), -1, "step is '-1'"), (("step",), "3", "step is '3'"), (("step",), 1, "metrics"),
+    (("tokens_seen",), 0.5, "tokens_seen"), (("best_val_loss",), math.nan, "best_val_loss"),
+    (("metrics",), [], "metrics"), (("metrics",), [{"step": 1}, {"step": 2}], "train_loss"),
+    (("model", "final_norm.bias"), torch.zeros(9), "final_norm.bias"),
+    (("windows_per_step",), torch.zeros(9), "tensor for windows_per_step"),
+])  # fmt: skip
+def test_a_checkpoint_with_odd_values_is_not_continued(config, tmp_path, path, value, message):
+    train_until(2, config, tmp_path)
+    checkpoint = gpt2.load_checkpoint(tmp_path / "last.pt", mmap=False)
+    assert checkpoint["optimizer"]["state"][2]["exp_avg"].shape == (24, 8)
+    inner = functools.reduce(lambda outer, key: outer[key], path[:-1], checkpoint)
+    inner[path[-1]] = value
+    gpt2.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    with pytest.raises(ValueError, match=message):
+        next(gpt2.train(out=tmp_path, resume=True))
+
+
 def test_resume_wants_the_same_text_and_windows_a_step(config, tmp_path):
     train_until(2, config, tmp_path)
     other = tmp_path / "other.txt"
@@ -1615,7 +1641,8 @@ def shelf(tmp_path_factory):
         "null.jsonl": b'{"instruction": null, "output": "x"}\n', "broken.json": b'[{"prompt": ]',
         "list.json": b"[1, 2]", "latin1.jsonl": '{"prompt": "\xe9"}'.encode("latin-1"),
         "single.jsonl": b'{"prompt": "a", "completion": "b"}\n',
-        "input.jsonl": b'{"instruction": "a", "input": 3, "output": "x"}', "nothing.pt": b"",
+        "input.jsonl": b'{"instruction": "a", "input": 3, "output": "x"}', "nothing.pt": b"", "letter.pt": b"G",
+        "end.pt": good[:-43] + b"\1" + good[-42:],
         "words.pt": b"these are words\n" * 9, "cut.pt": good[: len(good) // 2],
         "flipped.pt": good[:600_000] + bytes([good[600_000] ^ 255]) + good[600_001:],
         "foreign.pt": pickle.dumps({"model": SimpleNamespace(a=1)}), "trap.pt": pickle.dumps(Trap()),
@@ -1636,6 +1663,11 @@ def shelf(tmp_path_factory):
     checkpoint("wide.pt", config={**model.config, "emb_dim": 65_536})
     checkpoint("word.pt", config={**model.config, "n_heads": "two"})
     checkpoint("no_weights.pt", model={})
+    same, weights = torch.zeros(256), model.state_dict()
+    checkpoint("shared.pt", model={name: same[: tensor.numel()].view(tensor.shape) if tensor.numel() <= 256 else tensor
+                                   for name, tensor in weights.items()})  # fmt: skip
+    checkpoint("expanded.pt", model={name: same[:1].expand(tensor.shape) for name, tensor in weights.items()})
+    checkpoint("sparse.pt", model={name: tensor.to_sparse() for name, tensor in weights.items()})
     checkpoint("numbers.pt", model={"token_embedding.weight": 3})
     checkpoint("nan.pt", model={**model.state_dict(), "final_norm.bias": torch.full((8,), math.nan)})
     for name, source in (("weights_only", "good.pt"), ("damaged", "cut.pt")):
@@ -1690,7 +1722,7 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("train --init good.pt --context_length 64", "context_length"), ("train --init cut.pt", "cut.pt"),
     ("generate a b", "b"), ("generate", "python gpt2.py train"),
     ("generate --model missing.pt", "missing.pt"), ("generate --model nothing.pt", "nothing.pt"),
-    ("generate --model words.pt", "words.pt"), ("generate --model cut.pt", "cut.pt"),
+    ("generate --model letter.pt", "letter.pt"), ("generate --model end.pt", "end.pt"), ("generate --model words.pt", "words.pt"), ("generate --model cut.pt", "cut.pt"),
     ("generate --model flipped.pt", "flipped.pt"), ("generate --model foreign.pt", "foreign.pt"),
     ("generate --model trap.pt", "trap.pt"), ("generate --model zipped_trap.pt", "zipped_trap.pt"),
     ("generate --model list.pt", "list"), ("generate --model other.pt", "other.pt"),
@@ -1708,6 +1740,9 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("generate --model good.pt --top_p 0", "top_p"), ("generate --model good.pt --top_p 1.01", "top_p"),
     ("generate --model good.pt --top_p nan", "top_p"),
     ("generate --model good.pt --num_samples 0", "num_samples"),
+    ("generate --model good.pt --num_samples 1001", "1000"), ("generate --model shared.pt", "claim more"),
+    ("generate --model sparse.pt", "sparse.pt"), ("generate --model expanded.pt", "claim more"),
+    ("train --emb_dim 65536 --n_heads 1 --n_layers 1000", "GB of memory"),
     ("generate --model good.pt --max_tokens -1", "max_tokens"),
     ("generate --model good.pt --seed -1", "seed"), ("generate --model good.pt --device nosuch", "nosuch"),
     ("generate --model good.pt --device meta", "meta"), ("generate --model good.pt --seed x", "seed"),
