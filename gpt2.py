@@ -1632,30 +1632,33 @@ def run_generate(args: argparse.Namespace) -> None:
     ids = prompt_ids(instruction_prompt(prompt) if args.instruct else prompt)
     if ids.size(1) > model.config["context_length"]:
         log.info("the prompt has %s tokens; the model sees the last %s", ids.size(1), model.config["context_length"])
-    several = args.num_samples > 1
-    texts = ["" if args.instruct else prompt] * args.num_samples
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
+    start = "" if args.instruct else prompt
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_samples)]
+    write_on = functools.partial(
+        generate, model, ids.expand(args.num_samples, -1), args.max_tokens, temperature=temperature, top_k=args.top_k,
+        top_p=args.top_p, eos_id=tokenizer.eot_token, generator=generators,
+    )  # fmt: skip
 
     def write(text: str) -> None:
+        """Write a piece of text at once."""
         sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
-    def on_token(column: Tensor) -> None:
-        for i, token in enumerate(column.flatten().tolist()):
-            if token != tokenizer.eot_token:
-                piece = decoders[i].decode(token_bytes(token, tokenizer))  # holds back half a character
-                texts[i] += piece
-                if not several:
-                    write(piece)
+    if args.num_samples > 1:
+        for i, row in enumerate(write_on()[:, ids.size(1) :].tolist()):
+            text = token_ids_to_text(list(itertools.takewhile(tokenizer.eot_token.__ne__, row)), tokenizer)
+            write(f"--- sample {i + 1} of {args.num_samples} ---\n{start}{text}\n")
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character until the rest comes
 
-    if not several:
-        write(texts[0])
-    generate(model, ids.expand(args.num_samples, -1), args.max_tokens, temperature=temperature, top_k=args.top_k,
-             top_p=args.top_p, eos_id=tokenizer.eot_token, generator=generators, on_token=on_token)  # fmt: skip
-    for i, decoder in enumerate(decoders):
-        rest = decoder.decode(b"", final=True) + "\n"
-        write(f"--- sample {i + 1} of {args.num_samples} ---\n{texts[i]}{rest}" if several else rest)
+    def on_token(new: Tensor) -> None:
+        """Write what a new token completes."""
+        if new.item() != tokenizer.eot_token:
+            write(decoder.decode(token_bytes(new.item(), tokenizer)))
+
+    write(start)
+    write_on(on_token=on_token)
+    write(decoder.decode(b"", final=True) + "\n")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -1798,17 +1801,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (torch.OutOfMemoryError, MemoryError):
-        message, status = "", 2
     except (ValueError, OSError, ArithmeticError) as error:
         message, status = str(error), 2
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
-        message, status = "", 2
+        message, status = "out of memory: lower --batch_size (and raise --grad_accumulation) or --context_length", 2
     finally:
         log.removeHandler(notes)
-    message = message or "out of memory: lower --batch_size (and raise --grad_accumulation) or --context_length"
     print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return status
 
