@@ -171,9 +171,8 @@ class KeyValueCache:
             raise ValueError(f"the cache has room for {self.context_length} tokens, not {end}: start a new one")
         if self.kept is None:
             self.kept = heads.new_empty(*heads.shape[:3], self.context_length, heads.size(4))
-        self.kept.narrow(3, start, heads.size(3)).copy_(heads)
-        self.length = end
-        return self.kept.narrow(3, 0, end)
+        self.kept[:, :, :, start:end], self.length = heads, end
+        return self.kept[:, :, :, :end]
 
 
 class MultiHeadAttention(nn.Module):
@@ -192,10 +191,10 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, tokens, width = x.shape
-        heads = self.query_key_value(x).view(batch, tokens, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        queries, new = heads[0], heads[1:]  # (B, H, T, D), (2, B, H, T, D)
-        # (B, H, S, D) each: S - T tokens from before, then these T
-        keys, values = new if cache is None else cache.append(new)
+        heads = self.query_key_value(x).view(batch, tokens, 3, self.n_heads, -1)  # (B, T, 3, H, D)
+        heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        queries, new = heads[0], heads[1:]
+        keys, values = new if cache is None else cache.append(new)  # (B, H, S, D) each, S - T of them from before
         # One rule with and without a cache: query t stands at position S - T + t and sees the keys up to there. A
         # single query sees all of them; without a past (S = T) the kernel has the rule built in; else a mask says it.
         seen, mask = keys.size(2), None
