@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 import ast
+import errno
 import functools
 import hashlib
 import http.server
@@ -994,27 +995,29 @@ def test_killed_at_any_moment_a_run_can_be_resumed_to_the_same_end(long_whole, l
 
 
 class FailingDisk:
-    """os.fsync that fails while `full`."""
+    """A call of `os` that fails while `fails`."""
 
-    def __init__(self, monkeypatch):
-        self.full, real = True, os.fsync
-        monkeypatch.setattr(os, "fsync", lambda number: self.fail() if self.full else real(number))
+    def __init__(self, monkeypatch, call="fsync", number=errno.ENOSPC):
+        self.fails, self.number, real = True, number, getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *args: self.fail() if self.fails else real(*args))
 
     def fail(self):
-        raise OSError(28, "No space left on device")
+        raise OSError(self.number, os.strerror(self.number))
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_save_that_fails_warns_keeps_the_old_one_and_training_goes_on(
-    whole, config, tmp_path, monkeypatch, caplog
+    whole, config, tmp_path, monkeypatch, caplog, call, number
 ):
     run = gpt2.train({**config, "checkpoint_every": 2}, out=tmp_path)
     next(run), next(run)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    disk = FailingDisk(monkeypatch)
+    disk = FailingDisk(monkeypatch, call, number)
     next(run), next(run)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before  # no .part either
-    assert "step 4 was not saved" in caplog.text and "No space left" in caplog.text
-    disk.full = False
+    assert "step 4 was not saved" in caplog.text and os.strerror(number) in caplog.text
+    disk.fails = False
     list(run)
     assert_same_run(tmp_path, whole)
 
@@ -1032,26 +1035,55 @@ def test_a_last_save_that_fails_is_an_error(config, tmp_path, monkeypatch):
         run.close()
 
 
-def test_a_full_disk_keeps_the_last_save(config, tmp_path, caplog):
-    """A real one, with room for one checkpoint and not for two."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real one of 8 MB, with room for one checkpoint of about 5 MB and not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = shutil.which("mount")
     size = ["-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
     if not mount or subprocess.run([mount, *size], capture_output=True).returncode:
         pytest.skip("mounting a small disk is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)  # also when a failure left a file open
+
+
+def test_a_full_disk_keeps_the_last_save(small_disk, config, caplog):
+    run = gpt2.train({**config, "val_fraction": 0.0, "checkpoint_every": 1}, out=small_disk)
+    next(run)
+    before = (small_disk / "last.pt").read_bytes()
+    next(run)
+    assert (small_disk / "last.pt").read_bytes() == before and not list(small_disk.glob("*.part"))
+    assert "step 2 was not saved" in caplog.text
+    with pytest.raises(OSError, match="could not be saved"):
+        run.close()
+    assert gpt2.load_checkpoint(small_disk / "last.pt")["step"] == 1 and not list(small_disk.glob("*.part"))
+
+
+def test_a_folder_that_vanishes_is_one_clear_error_at_the_end(config, tmp_path, caplog):
+    run = gpt2.train({**config, "max_steps": 3, "checkpoint_every": 1}, out=tmp_path / "run")
+    next(run)
+    shutil.rmtree(tmp_path / "run")
+    next(run)
+    assert "step 2 was not saved: cannot write" in caplog.text and "No such file" in caplog.text
+    next(run)
+    with pytest.raises(OSError, match="step 3, the last, could not be saved"):
+        next(run)
+
+
+def test_what_is_read_during_training_is_always_whole(long_config, tmp_path):
+    process, read = start("train", *words(long_config), "--out", tmp_path), set()
     try:
-        run = gpt2.train({**config, "val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
-        next(run)
-        before = (disk / "last.pt").read_bytes()  # about 5 MB: a second one beside it does not fit
-        next(run)
-        assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
-        assert "step 2 was not saved" in caplog.text
-        with pytest.raises(OSError, match="could not be saved"):
-            run.close()
-        assert gpt2.load_checkpoint(disk / "last.pt")["step"] == 1 and not list(disk.glob("*.part"))
+        wait_for_step(process)
+        while process.poll() is None:
+            for name in ("last.pt", "best.pt"):
+                assert gpt2.GPT2.from_pretrained(tmp_path / name).num_parameters() > 0
+            read.add(gpt2.load_checkpoint(tmp_path / "last.pt")["step"])
+            assert [row["step"] for row in metrics_of(tmp_path)] == list(range(1, len(metrics_of(tmp_path)) + 1))
     finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)  # also when a failure left a file open
+        process.kill()
+        process.communicate()
+    assert len(read) > 2  # so it was read while it changed
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_save(config, tmp_path):
