@@ -611,7 +611,7 @@ def test_text_to_ids_and_back(tokenizer):
     assert gpt2.text_to_token_ids("", tokenizer).shape == (1, 0)
 
 
-def test_a_folder_named_by_the_user_is_where_the_vocabulary_is_looked_for(tmp_path, monkeypatch):
+def test_a_folder_named_by_the_user_is_where_the_vocabulary_is_looked_for(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     gpt2.load_tokenizer.__wrapped__()
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path)
@@ -896,7 +896,8 @@ STATE = ("optimizer", "state", 2)
 @pytest.mark.parametrize("path, value, message", [
     ((*STATE, "exp_avg"), torch.zeros(3), "exp_avg is .*3,"), ((*STATE, "exp_avg_sq"), None, "exp_avg_sq is None"),
     ((*STATE, "exp_avg_sq"), torch.full((24, 8), math.nan), "NaN"), ((*STATE, "step"), torch.ones(2), "step is"),
-    ((*STATE, "step"), torch.tensor(1.0).to_sparse(), "step is"), ((*STATE, "more"), torch.ones(1), "more has no place"),
+    ((*STATE, "step"), torch.tensor(1.0).to_sparse(), "step is"),
+    ((*STATE, "more"), torch.ones(1), "more has no place"),
     (STATE, {}, "is missing"), (("optimizer", "state"), 3, "continued"), (("optimizer",), [], "continued"),
     (("step",), -1, "step is '-1'"), (("step",), "3", "step is '3'"), (("step",), 1, "metrics"),
     (("tokens_seen",), 0.5, "tokens_seen"), (("best_val_loss",), math.nan, "best_val_loss"),
@@ -1754,7 +1755,8 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("train --init good.pt --context_length 64", "context_length"), ("train --init cut.pt", "cut.pt"),
     ("generate a b", "b"), ("generate", "python gpt2.py train"),
     ("generate --model missing.pt", "missing.pt"), ("generate --model nothing.pt", "nothing.pt"),
-    ("generate --model letter.pt", "letter.pt"), ("generate --model end.pt", "end.pt"), ("generate --model words.pt", "words.pt"), ("generate --model cut.pt", "cut.pt"),
+    ("generate --model letter.pt", "letter.pt"), ("generate --model end.pt", "end.pt"),
+    ("generate --model words.pt", "words.pt"), ("generate --model cut.pt", "cut.pt"),
     ("generate --model flipped.pt", "flipped.pt"), ("generate --model foreign.pt", "foreign.pt"),
     ("generate --model trap.pt", "trap.pt"), ("generate --model zipped_trap.pt", "zipped_trap.pt"),
     ("generate --model list.pt", "list"), ("generate --model other.pt", "other.pt"),
