@@ -861,10 +861,9 @@ def check_config(config: dict) -> dict:
     check_model_config(config)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
-    if config["stride"] > config["context_length"]:
-        raise ValueError(f"stride {config['stride']} is above context_length {config['context_length']}: lower it")
-    if config["min_learning_rate"] > config["learning_rate"]:
-        raise ValueError(f"min_learning_rate is above learning_rate {config['learning_rate']}: lower it")
+    for low, high in (("stride", "context_length"), ("min_learning_rate", "learning_rate")):
+        if config[low] > config[high]:
+            raise ValueError(f"{low} {config[low]} is above {high} {config[high]}: lower it")
     if config["vocab_size"] < CONFIG["vocab_size"]:
         raise ValueError(f"vocab_size is {config['vocab_size']}; GPT-2's tokens need at least {CONFIG['vocab_size']}")
     return config
