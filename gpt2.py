@@ -36,6 +36,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import random
@@ -390,17 +391,11 @@ OPENAI_SIZES = {  # GPT-2 paper, table 2; the parameters are those of the releas
 for _size in OPENAI_SIZES.values():
     _size.update(vocab_size=50257, context_length=1024, qkv_bias=True)
 
-HUGGING_FACE_NAMES = {  # ours: theirs, without the `transformer.` that may stand before; {} is the block's number
-    "token_embedding": "wte",
-    "position_embedding": "wpe",
-    "blocks.{}.norm1": "h.{}.ln_1",
-    "blocks.{}.attention.query_key_value": "h.{}.attn.c_attn",
-    "blocks.{}.attention.projection": "h.{}.attn.c_proj",
-    "blocks.{}.norm2": "h.{}.ln_2",
-    "blocks.{}.feed_forward.expand": "h.{}.mlp.c_fc",
-    "blocks.{}.feed_forward.projection": "h.{}.mlp.c_proj",
-    "final_norm": "ln_f",
-}
+HUGGING_FACE_NAMES = {  # parts of our parameters' names: parts of theirs
+    "token_embedding": "wte", "position_embedding": "wpe", "blocks.": "h.", "final_norm": "ln_f",
+    "norm1": "ln_1", "attention.query_key_value": "attn.c_attn", "attention.projection": "attn.c_proj",
+    "norm2": "ln_2", "feed_forward.expand": "mlp.c_fc", "feed_forward.projection": "mlp.c_proj",
+}  # fmt: skip
 TRANSPOSED = re.compile(r"\.c_(attn|proj|fc)\.weight$")  # stored input × output, as in OpenAI's conv1d
 CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # old files carry it; ours is a rule, not a tensor
 
@@ -423,29 +418,26 @@ def model_without_memory(config: dict) -> GPT2:
 
 
 def hugging_face_names(config: dict) -> dict[str, str]:
-    """Every parameter of a model of this size, by our name -> their name."""
-    parameters = [name.rpartition(".") for name in model_without_memory(config).state_dict()]
-    blocks = range(config["n_layers"])
-    names = {ours.format(i): theirs.format(i) for ours, theirs in HUGGING_FACE_NAMES.items() for i in blocks}
-    return {f"{module}.{kind}": f"{names[module]}.{kind}" for module, _, kind in parameters}
+    """Every parameter of a model of this size, by our name -> their name, without the `transformer.` before it."""
+    names = {name: name for name in model_without_memory(config).state_dict()}
+    for ours, theirs in HUGGING_FACE_NAMES.items():
+        names = {name: changed.replace(ours, theirs) for name, changed in names.items()}
+    return names
 
 
 def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path) -> None:
-    """ValueError names a tensor that is missing, too many, of another shape or not finite, or that is no real one.
-
-    A file may claim huge tensors and hold a few numbers that all of them share: then the sizes do not add up.
-    """
+    """ValueError names a tensor that is missing, too many, of another shape or not finite, or that is no real one."""
     for name in sorted(shapes.keys() ^ tensors.keys()):
-        fault = "is missing" if name in shapes else "has no place in GPT-2"
-        raise ValueError(f"{source}: the tensor {name} {fault}")
+        raise ValueError(f"{source}: the tensor {name} {'is missing' if name in shapes else 'has no place in GPT-2'}")
     for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
         if not plain or tensor.shape != shapes[name] or tensor.device.type != "cpu":
             kind = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)[:40]
             raise ValueError(f"{source}: the tensor {name} is {kind}; it must be floats of shape {tuple(shapes[name])}")
+    # A file may claim huge tensors and hold a few numbers that all of them share: then the sizes do not add up.
     storages = [tensor.untyped_storage() for tensor in tensors.values()]
     there = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if there < sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()):
+    if there < sum(tensor.nbytes for tensor in tensors.values()):
         raise ValueError(f"{source}: its tensors claim more than the {there} bytes that are there")
     for name, tensor in tensors.items():
         if not tensor.float().isfinite().all():
@@ -453,15 +445,12 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], sou
 
 
 def model_from_tensors(config: dict, tensors: dict[str, Tensor], source: str | Path) -> GPT2:
-    """A model with these weights, by our names. ValueError says what is wrong with them (see `check_tensors`).
-
-    There is never more than one copy of the weights beside what `tensors` maps from a file.
-    """
-    model = model_without_memory(config)
+    """A model with these weights, by our names. ValueError says what is wrong with them (see `check_tensors`)."""
+    model = model_without_memory(config)  # so there is one copy of the weights beside `tensors`, never two
     check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()}, source)
-    copy = functools.partial(Tensor.to, dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
-    model.load_state_dict({name: copy(tensor.detach()) for name, tensor in tensors.items()}, assign=True)
-    return model.requires_grad_(True)
+    weights = {name: torch.empty(old.shape, dtype=torch.float32).copy_(old.detach()) for name, old in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -470,24 +459,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the tensors.
     """
     try:
-        size, position, tensors = path.stat().st_size, 0, {}
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        begin = position = 8 + int.from_bytes(data[:8], "little")
+        header, tensors = json.loads(data[8:begin]), {}
         header.pop("__metadata__", None)
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length :]
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             # Each tensor begins where the one before ends: no gap, no overlap, nothing outside the file.
-            if start != position or end - start != math.prod(shape) * dtype.itemsize or end > len(data):
-                raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data)}")
-            piece = data[start:end]
-            piece = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
-            tensors[name], position = piece.view(dtype).view(shape), end
+            if begin + start != position or end - start != math.prod(shape) * dtype.itemsize or begin + end > len(data):
+                raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data) - begin}")
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=position).view(shape)
+            position = begin + end
         if position != len(data):
-            raise ValueError(f"{len(data)} bytes of tensors where the header describes {position}")
+            raise ValueError(f"{len(data)} bytes where the header describes {position}")
         return tensors
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error)[:120]}"
@@ -498,11 +483,11 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. ValueError if it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
+        raise ValueError(f"{path} is no JSON object: {error}") from error
 
 
 def load_hugging_face(folder: Path) -> GPT2:
@@ -547,8 +532,7 @@ def from_hugging_face(config: dict, tensors: dict[str, Tensor], source: str | Pa
     found = {}
     for name, tensor in tensors.items():
         if not CAUSAL_MASK.fullmatch(name):
-            flip = TRANSPOSED.search(name) and tensor.dim() == 2
-            found[ours.get(name, name)] = tensor.t() if flip else tensor
+            found[ours.get(name, name)] = tensor.transpose(0, -1) if TRANSPOSED.search(name) else tensor
     return model_from_tensors(config, found, source)
 
 
@@ -588,6 +572,8 @@ def write_safetensors(tensors: dict[str, Tensor], file) -> None:
 
 def save_hugging_face(model: GPT2, folder: Path) -> None:
     """Write what `transformers`, llama.cpp's converter and vLLM take for a GPT-2, each file whole or not at all."""
+    from tiktoken.load import read_file_cached
+
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give another name")
     ours, weights, special = model.config, {}, "<|endoftext|>"
@@ -597,15 +583,15 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     config |= {"bos_token_id": 50256, "eos_token_id": 50256, "torch_dtype": "float32", "use_cache": True}
     tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": ours["context_length"]}
     tokenizer |= {"bos_token": special, "eos_token": special, "unk_token": special, "add_prefix_space": False}
-    for name, theirs in hugging_face_names(ours).items():
-        tensor = model.get_parameter(name)
+    state, zeros = model.state_dict(), torch.zeros(3 * ours["emb_dim"])
+    for name, theirs in hugging_face_names({**ours, "qkv_bias": True}).items():
+        tensor = state.get(name, zeros)  # theirs always has a bias for queries, keys and values; zeros say the same
         weights[f"transformer.{theirs}"] = tensor.t() if TRANSPOSED.search(theirs) else tensor
-    if not ours["qkv_bias"]:  # theirs always has one; zeros say the same
-        zeros = torch.zeros(3 * ours["emb_dim"])
-        weights |= {f"transformer.h.{i}.attn.c_attn.bias": zeros for i in range(ours["n_layers"])}
-    merges, vocabulary = read_vocabulary_files()
-    files = {"model.safetensors": functools.partial(write_safetensors, weights), "merges.txt": merges}
-    files |= {"vocab.json": vocabulary, "config.json": json.dumps(config, indent=2).encode()}
+    load_tokenizer()  # compares OpenAI's two files with their hashes, and fetches what is missing
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    files = {"merges.txt": read_file_cached(url + "vocab.bpe"), "vocab.json": read_file_cached(url + "encoder.json")}
+    files |= {"model.safetensors": functools.partial(write_safetensors, weights)}
+    files |= {"config.json": json.dumps(config, indent=2).encode()}
     files |= {"tokenizer_config.json": json.dumps(tokenizer, indent=2).encode()}
     folder.mkdir(parents=True, exist_ok=True)
     write_files({folder / name: content for name, content in files.items()})
@@ -630,15 +616,6 @@ def load_tokenizer():
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
         raise OSError(f"GPT-2's vocabulary is neither in .tiktoken/ beside gpt2.py nor to be had: {error}") from error
-
-
-def read_vocabulary_files() -> tuple[bytes, bytes]:
-    """OpenAI's vocab.bpe and encoder.json, which Hugging Face calls merges.txt and vocab.json."""
-    from tiktoken.load import read_file_cached
-
-    load_tokenizer()  # compares both files with their hashes, and fetches what is missing
-    address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    return read_file_cached(address + "vocab.bpe"), read_file_cached(address + "encoder.json")
 
 
 def text_to_token_ids(text: str, tokenizer) -> Tensor:
@@ -671,10 +648,7 @@ def read_blocks(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[
 
 
 def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
-    """The tokens of characters `start` to `stop` of a file, as uint16: two bytes a token.
-
-    All cores tokenise pieces of a million characters, so that memory holds the tokens and little of the text.
-    """
+    """The tokens of characters `start` to `stop` of a file, as uint16. Memory holds them, and little of the text."""
     tokenizer, tokens, pieces, rest, done = load_tokenizer(), array("H"), [], "", 0
     for block in itertools.chain(read_blocks(path, start, stop), [None]):
         cut = SAFE_CUT.match(block) if block else None
@@ -683,7 +657,7 @@ def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
             continue
         pieces.append(rest + (cut.group() if cut else ""))
         rest = block[cut.end() :] if cut else ""
-        if block is None or len(pieces) == 2 * os.cpu_count():
+        if block is None or len(pieces) == 2 * os.cpu_count():  # two pieces, of a million characters, for each core
             for ids in tokenizer.encode_batch(pieces, num_threads=os.cpu_count(), allowed_special="all"):
                 tokens.extend(ids)
             done, pieces = done + sum(map(len, pieces)), []
@@ -694,11 +668,9 @@ def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
 
 def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
     """A text's tokens in two parts. It is cut by characters, before tokenising. ValueError if there is no text."""
-    n_chars, blank = 0, True
-    for block in read_blocks(path):
-        n_chars, blank = n_chars + len(block), blank and not block.strip()
-    if blank:
+    if not any(map(str.strip, read_blocks(path))):
         raise ValueError(f"{path} is empty or only white space: give a text")
+    n_chars = sum(map(len, read_blocks(path)))
     split = int(n_chars * (1 - val_fraction))
     return tokenize_file(path, 0, split), tokenize_file(path, split, n_chars)
 
@@ -747,8 +719,7 @@ class GPTDataset(torch.utils.data.Dataset):
 class CompletionDataset(torch.utils.data.Dataset):
     """Prompts and completions for fine-tuning. Item i is (x, y) of its own length; y is -100 where the prompt is.
 
-    A completion ends with `<|endoftext|>`, so that the model learns to stop. Examples longer than the context lose the
-    beginning of their prompt; `n_cut` counts them.
+    A completion ends with `<|endoftext|>`, so the model learns to stop. The context cuts `n_cut` prompts on the left.
     """
 
     def __init__(self, examples: Sequence[tuple[str, str]], context_length: int):
@@ -775,31 +746,27 @@ class CompletionDataset(torch.utils.data.Dataset):
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Items of any lengths as x (B, T), y (B, T); padding stands behind, where no token sees it and no loss counts."""
     xs, ys = zip(*items)
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return pad(xs, padding_value=0), pad(ys, padding_value=IGNORED)
+    pad = nn.utils.rnn.pad_sequence
+    return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=IGNORED)
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
     """An instruction, with or without an input, in the layout of Stanford Alpaca."""
-    paired = ", paired with an input that provides further context" if context else ""
-    request = f"Below is an instruction that describes a task{paired}. Write a response that"
+    further = ", paired with an input that provides further context" if context else ""
     middle = f"### Input:\n{context}\n\n" if context else ""
-    request += " appropriately completes the request."
-    return f"{request}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+    return (f"Below is an instruction that describes a task{further}. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n")  # fmt: skip
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """(prompt, completion) pairs from a file with a JSON object a line, or a JSON list. ValueError names the line."""
     text, examples, number = "".join(read_blocks(path)), [], 0
     is_list = text.lstrip().startswith("[")
-    place = "item" if is_list else "line"
     try:
-        entries = json.loads(text) if is_list else text.split("\n")
-        for number, entry in enumerate(entries, start=1):
-            if not is_list:
-                if not entry.strip():
-                    continue
-                entry = json.loads(entry)
+        for number, entry in enumerate(json.loads(text) if is_list else text.split("\n"), start=1):
+            if not is_list and not entry.strip():
+                continue
+            entry = entry if is_list else json.loads(entry)
             fields = entry if isinstance(entry, dict) else {}
             names = ("prompt", "completion") if "prompt" in fields else ("instruction", "output")
             prompt, completion, context = (*map(fields.get, names), fields.get("input") or "")
@@ -807,7 +774,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
                 raise ValueError('needs texts "prompt", "completion" or "instruction", "output" and maybe "input"')
             examples.append((prompt if "prompt" in fields else instruction_prompt(prompt, context), completion))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, {place} {number}: {error}") from error
+        raise ValueError(f"{path}, {'item' if is_list else 'line'} {number}: {error}") from error
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
@@ -834,9 +801,8 @@ def load_data(config: dict) -> tuple[GPTDataset | CompletionDataset, GPTDataset 
         return CompletionDataset(examples[n_val:], context), val_set
     train_ids, val_ids = load_text(path, fraction)
     if len(train_ids) <= context or (fraction and len(val_ids) < 2):
-        found = f"{path} has {len(train_ids):,} tokens to train on and {len(val_ids):,} to validate"
-        need = f"context_length {context} needs {context + 1} and 2"
-        raise ValueError(f"{found}; {need}: lower --context_length, change --val_fraction, or give more text")
+        need = f"context_length {context} needs {context + 1} and 2: lower it, change --val_fraction, or give more text"
+        raise ValueError(f"{path} has {len(train_ids):,} tokens to train on and {len(val_ids):,} to validate; {need}")
     val_set = GPTDataset(val_ids, min(context, len(val_ids) - 1)) if fraction else None
     return GPTDataset(train_ids, context, config["stride"] or max(1, context // 2)), val_set
 
@@ -898,10 +864,9 @@ def check_config(config: dict) -> dict:
     check_model_config(config)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
-    if config["stride"] > config["context_length"]:
-        raise ValueError(f"stride {config['stride']} is above context_length {config['context_length']}: lower it")
-    if config["min_learning_rate"] > config["learning_rate"]:
-        raise ValueError(f"min_learning_rate is above learning_rate {config['learning_rate']}: lower it")
+    for low, high in (("stride", "context_length"), ("min_learning_rate", "learning_rate")):
+        if config[low] > config[high]:
+            raise ValueError(f"{low} {config[low]} is above {high} {config[high]}: lower it")
     if config["vocab_size"] < CONFIG["vocab_size"]:
         raise ValueError(f"vocab_size is {config['vocab_size']}; GPT-2's tokens need at least {CONFIG['vocab_size']}")
     return config
