@@ -467,10 +467,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = SAFETENSORS_TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             # Each tensor begins where the one before ends: no gap, no overlap, nothing outside the file.
-            if begin + start != position or end - start != math.prod(shape) * dtype.itemsize or begin + end > len(data):
+            count = math.prod(shape)
+            if begin + start != position or end - start != count * dtype.itemsize or begin + end > len(data):
                 raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data) - begin}")
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=position).view(shape)
-            position = begin + end
+            tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=position) if count else torch.empty(0)
+            tensors[name], position = tensor.view(shape).to(dtype), begin + end
         if position != len(data):
             raise ValueError(f"{len(data)} bytes where the header describes {position}")
         return tensors
