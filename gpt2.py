@@ -875,6 +875,11 @@ def check_config(config: dict) -> dict:
 
 # ---- 7. Training: guess every next token, measure the surprise, step downhill; save so that nothing is lost ---------
 
+CHECKPOINT_FORMAT = "gpt2.py 1"
+# What may differ when a run is resumed. The text's contents and the windows of a step are compared by themselves.
+FREE_TO_CHANGE = {"max_steps", "eval_every", "checkpoint_every", "sample_prompt", "device", "compile", "chunked_loss",
+                  "data", "batch_size", "grad_accumulation"}  # fmt: skip
+
 
 def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
     """The learning rate of optimizer step 1, 2, …: a line up over `warmup_steps`, half a cosine down, then level."""
@@ -907,19 +912,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"the device {name!r} cannot be used here ({reason}); try --device cpu") from error
-
-
-def pick_precision(device: torch.device, name: str) -> str:
-    """`auto` is bf16 or fp16 on CUDA, where it pays, else fp32. bfloat16 has float32's range; old cards lack it."""
-    if name == "auto" and device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "fp32" if name == "auto" else name
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """A context with matrix products in `precision`; weights, their gradients and sums stay in float32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:
@@ -1017,8 +1009,7 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
 def safe_load(path: Path, mmap: bool = True) -> dict:
     """The dict of plain values that is in a file of torch.save; nothing in it is run. ValueError if it is broken."""
     try:
-        is_zip = zipfile.is_zipfile(path)  # files from before 2020 are not
-        if is_zip:
+        if is_zip := zipfile.is_zipfile(path):  # files from before 2020 are not
             with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                     raise ValueError("its parts do not match their checksums")
@@ -1033,9 +1024,6 @@ def safe_load(path: Path, mmap: bool = True) -> dict:
         reason = str(error).partition("\n")[0][:100] or type(error).__name__
         reason = "not only tensors and plain values" if isinstance(error, pickle.UnpicklingError) else reason
         raise ValueError(f"{path} is damaged, or no file of torch.save that is safe to read ({reason})") from error
-
-
-CHECKPOINT_FORMAT = "gpt2.py 1"
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -1067,29 +1055,24 @@ def only_run_in(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is no folder: give --out another name")
     path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not path.exists():  # the run before removed it while we took it
-                    raise BlockingIOError
-            except BlockingIOError:
-                file.seek(0)
-                owner = f"process {file.read()} is training into {folder}"
-                raise ValueError(f"{owner}: wait, or give another --out") from None
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists():  # the run before removed it while we took it
+                raise BlockingIOError
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"process {file.read()} is training into {folder}: wait, or give another --out") from None
+        try:
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                    path.unlink()
-    finally:
-        if is_new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # works only if it is empty: then nothing was saved
+            print(os.getpid(), end="", file=file, flush=True)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                path.unlink()
+                if is_new:
+                    folder.rmdir()  # works only if it is empty: then nothing was saved
 
 
 def keep_freed_memory() -> None:
@@ -1111,7 +1094,13 @@ class Run:
 
     def __init__(self, config: dict, model: GPT2 | None = None):
         self.config, self.device = config, pick_device(config["device"])
-        self.precision = pick_precision(self.device, config["precision"])
+        kind, self.precision = self.device.type, config["precision"]
+        if self.precision == "auto":  # half precision pays on CUDA; bf16 has float32's range, but old cards lack it
+            modern = kind == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+            self.precision = "bf16" if modern else "fp16" if kind == "cuda" else "fp32"
+        # Half precision is for matrix products; weights, their gradients and sums stay in float32.
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        self.autocast = torch.autocast(kind, half) if half else contextlib.nullcontext()
         self.rank, self.world = join_processes(self.device)
         self.train_set, self.val_set = load_data(config)
         with open(find_data(config["data"]), "rb") as file:
@@ -1123,8 +1112,7 @@ class Run:
         self.step, self.tokens_seen, self.best_val_loss, self.metrics = 0, 0, math.inf, []
         self.epoch, self.order = None, None  # an epoch, and the order of its windows
         self.best, self.is_new = None, True  # what the next save writes to best.pt; whether nothing is saved yet
-
-        if self.device.type == "cpu" and hasattr(os, "sysconf"):
+        if kind == "cpu" and hasattr(os, "sysconf"):
             n_weights = config["emb_dim"] * (config["vocab_size"] + 12 * config["n_layers"] * config["emb_dim"])
             need, there = 16 * n_weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if need > there:  # weights, gradients and AdamW's two moments are 4 bytes each
@@ -1135,15 +1123,14 @@ class Run:
         self.model.chunked_loss = config["chunked_loss"]
         self.optimizer = make_optimizer(self.model, config)
         # float16 ends at 65,504: scale the loss, or small gradients vanish. Only CUDA has it here.
-        scale = self.device.type == "cuda" and self.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale)
+        self.scaler = torch.amp.GradScaler(kind, enabled=kind == "cuda" and self.precision == "fp16")
         # Training may go through wrappers around the weights; saving and sampling use the plain model.
         self.network = torch.compile(self.model) if config["compile"] else self.model
         if self.world > 1:
             self.network = nn.parallel.DistributedDataParallel(self.network)
-        if self.device.type == "cpu":
+        if kind == "cpu":
             keep_freed_memory()
-        if self.device.type == "cuda":
+        if kind == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32
 
     def restore(self, last: dict, path: Path) -> None:
@@ -1152,11 +1139,9 @@ class Run:
             raise ValueError(f"{path} holds weights only: start a run from it with --init {path} and another --out")
         if last.get("data_sha256") != self.data_sha256:
             raise ValueError(f"{self.config['data']} is not the text that {path} was trained on: give --data that text")
-        if last.get("windows_per_step") != self.windows_per_step:
-            raise ValueError(
-                f"{path} took {last.get('windows_per_step')} windows a step; batch_size x grad_accumulation x "
-                f"{self.world} process(es) now make {self.windows_per_step}: change one until they agree"
-            )
+        if (took := last.get("windows_per_step")) != self.windows_per_step:
+            make = f"batch_size x grad_accumulation x {self.world} process(es) now make {self.windows_per_step}"
+            raise ValueError(f"{path} took {took} windows a step; {make}: change one until they agree")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
             check_value("step", last["step"], 0, 10**9)
@@ -1213,7 +1198,7 @@ class Run:
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
             later = self.world > 1 and i < len(batches) - 1  # exchange gradients once a step, with the last batch
             with self.network.no_sync() if later else contextlib.nullcontext():
-                with autocast(self.device, self.precision):
+                with self.autocast:
                     loss = self.network(x, targets=y) / n_targets
                 # DistributedDataParallel averages over the processes; times their number that is the sum.
                 self.scaler.scale(loss * self.world).backward()
@@ -1244,7 +1229,7 @@ class Run:
 
     def validate(self) -> float:
         """The validation loss now. If it is the lowest yet, the weights are kept for best.pt."""
-        with autocast(self.device, self.precision):
+        with self.autocast:
             loss = evaluate(self.model, self.val_set)
         self.check_finite(loss)
         if loss < self.best_val_loss:
@@ -1256,11 +1241,9 @@ class Run:
     def check_finite(self, *numbers: float) -> None:
         """Raise FloatingPointError if the run has gone astray."""
         if not all(map(math.isfinite, numbers)):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"after step {self.step}, loss or gradient norm is {' and '.join(map(str, numbers))} at learning rate "
-                f"{rate:.3g}: lower --learning_rate or raise --warmup_steps; what was saved before is unharmed"
-            )
+            found = f"after step {self.step}, loss or gradient norm is {' and '.join(map(str, numbers))}"
+            advice = "lower --learning_rate or raise --warmup_steps; what was saved before is unharmed"
+            raise FloatingPointError(f"{found} at learning rate {self.optimizer.param_groups[0]['lr']:.3g}: {advice}")
 
     def is_due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: once an epoch), and at the end, happens now."""
@@ -1271,13 +1254,13 @@ class Run:
         last = {"format": CHECKPOINT_FORMAT, "finished": self.step == self.end}
         last |= {name: getattr(self, name) for name in self.KEPT}
         last |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        writers = {"best.pt": functools.partial(torch.save, self.best)} if self.best else {}
-        writers["metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in self.metrics).encode()
-        writers["last.pt"] = functools.partial(torch.save, last)
+        files = {folder / "best.pt": functools.partial(torch.save, self.best)} if self.best else {}
+        files[folder / "metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in self.metrics).encode()
+        files[folder / "last.pt"] = functools.partial(torch.save, last)
         try:
-            write_files({folder / name: write for name, write in writers.items()})
-            for name in {"best.pt", "loss.png"} - writers.keys() if self.is_new else ():  # left from the run before
-                (folder / name).unlink(missing_ok=True)
+            write_files(files)
+            for path in {folder / "best.pt", folder / "loss.png"} - files.keys() if self.is_new else ():
+                path.unlink(missing_ok=True)  # left from the run before
         except OSError as error:
             log.warning("step %s was not saved: %s", self.step, error)
             return False
@@ -1288,11 +1271,6 @@ class Run:
             except (OSError, ImportError) as error:
                 log.warning("loss.png was not drawn: %s", error)
         return True
-
-
-# What may differ when a run is resumed. The text's contents and the windows of a step are compared by themselves.
-FREE_TO_CHANGE = {"max_steps", "eval_every", "checkpoint_every", "sample_prompt", "device", "compile", "chunked_loss",
-                  "data", "batch_size", "grad_accumulation"}  # fmt: skip
 
 
 def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, resume: bool, overwrite: bool):
@@ -1339,10 +1317,8 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
 def describe(run: Run, folder: Path | None) -> None:
     """Say what a run will do."""
     config, sets = run.config, [part for part in (run.train_set, run.val_set) if part]
-    if isinstance(run.train_set, CompletionDataset):
-        unit, counts = "examples", [len(part) for part in sets]
-    else:
-        unit, counts = "tokens", [len(part.token_ids) for part in sets]
+    unit = "examples" if isinstance(run.train_set, CompletionDataset) else "tokens"
+    counts = [len(getattr(part, "token_ids", part)) for part in sets]
     sizes = ", ".join(f"{count:,} {unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
     log.info("data      %s: %s", config["data"], sizes)
     if n_cut := sum(getattr(part, "n_cut", 0) for part in sets):
