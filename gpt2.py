@@ -186,10 +186,10 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        width, self.n_heads, self.dropout_rate = config["emb_dim"], config["n_heads"], config["dropout_rate"]
+        width, self.n_heads = config["emb_dim"], config["n_heads"]
         self.query_key_value = Linear(width, 3 * width, bias=config["qkv_bias"])
         self.projection = Linear(width, width)
-        self.dropout = nn.Dropout(self.dropout_rate)
+        self.dropout = nn.Dropout(config["dropout_rate"])
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, tokens, width = x.shape
@@ -202,7 +202,7 @@ class MultiHeadAttention(nn.Module):
         seen, mask = keys.size(2), None
         if 1 < tokens < seen:
             mask = torch.ones(tokens, seen, dtype=torch.bool, device=x.device).tril(diagonal=seen - tokens)
-        dropout = self.dropout_rate if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         causal = 1 < tokens == seen
         # The fused kernel computes softmax(Q Kᵀ / √D) V and never stores the (T, S) weights.
         out = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=causal)  # (B, H, T, D)
@@ -1308,8 +1308,6 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = config["dropout_rate"]
-        if isinstance(module, MultiHeadAttention):
-            module.dropout_rate = config["dropout_rate"]
     model.config = check_model_config(config)
     return config, model, None
 
