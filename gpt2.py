@@ -998,7 +998,7 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
         for path, part in parts.items():
             os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a disk that takes no more
-        reason = getattr(error, "strerror", None) or "the disk is full or has failed"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "the disk is full or has failed"
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         for part in parts.values():
