@@ -1147,7 +1147,7 @@ class Run:
             check_value("step", last["step"], 0, 10**9)
             check_value("tokens_seen", last["tokens_seen"], 0, 10**18)
             check_value("best_val_loss", last["best_val_loss"], 0.0, math.inf)
-            steps = [row["step"] for row in json.loads(json.dumps(last["metrics"])) if row["train_loss"] > 0]
+            steps = [row["step"] for row in json.loads(json.dumps(last["metrics"])) if row["train_loss"] >= 0]
             if steps != list(range(1, last["step"] + 1)):
                 raise ValueError("its metrics are not those of its steps")
             state = {i: dict(last["optimizer"]["state"])[i] for i in range(len(parameters))}

@@ -916,6 +916,14 @@ def test_a_checkpoint_with_odd_values_is_not_continued(config, tmp_path, path, v
         next(gpt2.train(out=tmp_path, resume=True))
 
 
+def test_a_run_whose_loss_is_zero_is_continued(config, tmp_path):
+    train_until(2, config, tmp_path)
+    checkpoint = gpt2.load_checkpoint(tmp_path / "last.pt", mmap=False)
+    checkpoint["metrics"][1]["train_loss"] = 0.0
+    gpt2.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    assert next(gpt2.train(out=tmp_path, resume=True))["step"] == 3
+
+
 def test_resume_wants_the_same_text_and_windows_a_step(config, tmp_path):
     train_until(2, config, tmp_path)
     other = tmp_path / "other.txt"
