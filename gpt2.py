@@ -1746,9 +1746,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        message, status = "out of memory: lower --batch_size (and raise --grad_accumulation) or --context_length", 2
+        remedy = "lower --batch_size (and raise --grad_accumulation), --context_length or --num_samples"
+        message, status = f"out of memory: {remedy}", 2
     finally:
         log.removeHandler(notes)
     print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)

@@ -1827,6 +1827,23 @@ def test_an_error_of_the_program_itself_is_one_line_and_status_2(tmp_path):
     assert (process.returncode, out, err.count("\n")) == (2, "", 1) and "top_k" in err
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+])  # fmt: skip
+def test_too_little_memory_says_what_to_lower(cli, monkeypatch, error):
+    monkeypatch.setattr(gpt2, "load_model", lambda args: (_ for _ in ()).throw(error))
+    result = cli("generate")
+    assert result.code == 2 and result.err.count("\n") == 1 and "lower --batch_size" in result.err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), NotImplementedError("a bug"), KeyError("a bug")])
+def test_a_bug_is_not_taken_for_bad_input(cli, monkeypatch, error):
+    monkeypatch.setattr(gpt2, "load_model", lambda args: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match="a bug"):
+        cli("generate")
+
+
 def help_of(cli, monkeypatch, command):
     """What --help says, option by option."""
     monkeypatch.setenv("COLUMNS", "1000")
