@@ -5,7 +5,7 @@
     python gpt2.py eval --data FILE                   measure a model on a text
     python gpt2.py export FOLDER                      write a folder that `transformers` reads
 
-Read it from the top: a section needs only what stands above it, or says what it takes from below.
+Read it from the top: a section is explained by what stands above it, and says what it borrows from below.
 
     1 attention    one head step by step, then causal, then all heads at once with a cache
     2 block        layer normalisation, the feed-forward network, the residual stream
@@ -41,6 +41,7 @@ import os
 import pickle
 import random
 import re
+import reprlib
 import shlex
 import shutil
 import signal
@@ -126,7 +127,7 @@ class CausalAttention(nn.Module):
 
 @functools.lru_cache
 def number_of_pieces(outputs: int, threads: int) -> int:
-    """Into how many equal pieces `linear` cuts this many outputs: the most that divide them, 32 or 4 a thread."""
+    """Into how many equal pieces `linear` cuts its outputs: their largest divisor up to 32, or up to 4 a thread."""
     return max(n for n in range(1, max(32, 4 * threads) + 1) if outputs % n == 0)
 
 
@@ -196,16 +197,15 @@ class MultiHeadAttention(nn.Module):
         heads = self.query_key_value(x).view(batch, tokens, 3, self.n_heads, -1)  # (B, T, 3, H, D)
         heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         queries, new = heads[0], heads[1:]
-        keys, values = new if cache is None else cache.append(new)  # (B, H, S, D) each, S - T of them from before
+        keys, values = new if cache is None else cache.append(new)  # (B, H, S, D) each: S - T from the cache, T new
         # One rule with and without a cache: query t stands at position S - T + t and sees the keys up to there. A
         # single query sees all of them; without a past (S = T) the kernel has the rule built in; else a mask says it.
         seen, mask = keys.size(2), None
         if 1 < tokens < seen:
             mask = torch.ones(tokens, seen, dtype=torch.bool, device=x.device).tril(diagonal=seen - tokens)
         dropout = self.dropout.p if self.training else 0.0
-        causal = 1 < tokens == seen
-        # The fused kernel computes softmax(Q Kᵀ / √D) V and never stores the (T, S) weights.
-        out = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=causal)  # (B, H, T, D)
+        # The fused kernel computes softmax(Q Kᵀ / √D) V, (B, H, T, D), and never stores the (T, S) weights.
+        out = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=tokens == seen)
         out = out.transpose(1, 2).reshape(batch, tokens, width)  # (B, T, C): the heads side by side
         return self.dropout(self.projection(out))
 
@@ -278,17 +278,19 @@ def check_value(key: str, value, low, high) -> None:
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not fits or not low <= value <= high:
         name = {int: "a whole number", float: "a number", bool: "a truth value"}[kind]
-        raise ValueError(f"{key} is {str(value)[:40]!r}; it must be {name} from {low} to {high}")
+        raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {name} from {low} to {high}")
 
 
-def check_model_config(config: dict) -> dict:
-    """The model's keys of `config`. ValueError names a key that is missing or a value that cannot be."""
+def check_model_config(config: dict, source: str = "") -> dict:
+    """The model's keys of `config`. ValueError names a key that is missing or a value that cannot be, and `source`."""
+    source = f"{source}: " if source else ""
     for key, (low, high) in MODEL_LIMITS.items():
         if key not in config:
-            raise ValueError(f"the config has no {key}; a model needs {', '.join(MODEL_LIMITS)}")
-        check_value(key, config[key], low, high)
-    if config["emb_dim"] % config["n_heads"]:
-        raise ValueError(f"emb_dim {config['emb_dim']} is no multiple of n_heads {config['n_heads']}; make it one")
+            raise ValueError(f"{source}the config has no {key}; a model needs {', '.join(MODEL_LIMITS)}")
+        check_value(source + key, config[key], low, high)
+    width, heads = config["emb_dim"], config["n_heads"]
+    if width % heads:
+        raise ValueError(f"{source}emb_dim {width} is no multiple of n_heads {heads}; make it one")
     return {key: config[key] for key in MODEL_LIMITS}
 
 
@@ -319,7 +321,7 @@ class GPT2(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, (MultiHeadAttention, FeedForward)):
+        if isinstance(module, (MultiHeadAttention, FeedForward)):  # `apply` comes here after its parts
             nn.init.normal_(module.projection.weight, std=0.02 / math.sqrt(2 * self.config["n_layers"]))
 
     def forward(self, idx: Tensor, cache: list[KeyValueCache] | None = None, last_only: bool = False,
@@ -381,6 +383,7 @@ class GPT2(nn.Module):
 
 
 # ---- 4. Pretrained: the same model under other names, in the layout that Hugging Face publishes ----------------------
+# From below: `load_tokenizer` (section 5), and `safe_load` and `write_files` (7), which guard against broken files.
 
 OPENAI_SIZES = {  # GPT-2 paper, table 2; the parameters are those of the released files
     "gpt2": {"n_layers": 12, "n_heads": 12, "emb_dim": 768},  # 124,439,808
@@ -425,14 +428,19 @@ def hugging_face_names(config: dict) -> dict[str, str]:
     return names
 
 
+def is_plain(value) -> bool:
+    """Whether this is an ordinary tensor in memory, of a type that models are stored in."""
+    usual = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return usual and not value.is_nested and value.dtype in SAFETENSORS_TYPES.values()
+
+
 def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path) -> None:
-    """ValueError names a tensor that is missing, too many, of another shape or not finite, or that is no real one."""
-    for name in sorted(shapes.keys() ^ tensors.keys()):
+    """ValueError names a tensor that is missing, unknown, not of plain floats, of another shape, or not finite."""
+    for name in sorted(shapes.keys() ^ tensors.keys(), key=str):
         raise ValueError(f"{source}: the tensor {name} {'is missing' if name in shapes else 'has no place in GPT-2'}")
     for name, tensor in tensors.items():
-        plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
-        if not plain or tensor.shape != shapes[name] or tensor.device.type != "cpu":
-            kind = f"{tensor.dtype}, {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)[:40]
+        if not is_plain(tensor) or not tensor.is_floating_point() or tensor.shape != shapes[name]:
+            kind = f"{tensor.dtype}, {tuple(tensor.shape)}" if is_plain(tensor) else f"an odd {type(tensor).__name__}"
             raise ValueError(f"{source}: the tensor {name} is {kind}; it must be floats of shape {tuple(shapes[name])}")
     # A file may claim huge tensors and hold a few numbers that all of them share: then the sizes do not add up.
     storages = [tensor.untyped_storage() for tensor in tensors.values()]
@@ -471,7 +479,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             if begin + start != position or end - start != count * dtype.itemsize or begin + end > len(data):
                 raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data) - begin}")
             tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=position) if count else torch.empty(0)
-            tensors[name], position = tensor.view(shape).to(dtype), begin + end
+            tensors[name], position = tensor.view(shape), begin + end
         if position != len(data):
             raise ValueError(f"{len(data)} bytes where the header describes {position}")
         return tensors
@@ -505,6 +513,7 @@ def load_hugging_face(folder: Path) -> GPT2:
     if missing := [key for key in CONFIG_NAMES.values() if key not in theirs]:
         raise ValueError(f"{config_file} has no {missing[0]}")
     config = {ours: theirs[key] for ours, key in CONFIG_NAMES.items()} | {"qkv_bias": True}
+    check_model_config(config, str(config_file))
     if (folder / "model.safetensors").is_file():
         tensors = read_safetensors(folder / "model.safetensors")
     elif index.is_file():
@@ -523,8 +532,8 @@ def load_hugging_face(folder: Path) -> GPT2:
 
 def from_hugging_face(config: dict, tensors: dict[str, Tensor], source: str | Path) -> GPT2:
     """A model from tensors under their names. Each must be used, but for causal masks and a head equal to `wte`."""
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
-        raise ValueError(f"{source} does not hold tensors by name")
+    if not all(isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()):
+        raise ValueError(f"{source} does not hold ordinary tensors by name")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     head = tensors.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
@@ -621,7 +630,7 @@ def load_tokenizer():
 
 def text_to_token_ids(text: str, tokenizer) -> Tensor:
     """A prompt as token ids (1, T). In a prompt `<|endoftext|>` is ordinary text."""
-    return torch.tensor([tokenizer.encode_ordinary(text)], dtype=torch.long)
+    return torch.tensor([tokenizer.encode(text, disallowed_special=())], dtype=torch.long)
 
 
 def token_bytes(token_id: int, tokenizer) -> bytes:
@@ -649,7 +658,7 @@ def read_blocks(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[
 
 
 def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
-    """The tokens of characters `start` to `stop` of a file, as uint16. Memory holds them, and little of the text."""
+    """The tokens of characters `start` to `stop` of a file, as uint16. Memory holds them, and text up to a cut."""
     tokenizer, tokens, pieces, rest, done = load_tokenizer(), array("H"), [], "", 0
     for block in itertools.chain(read_blocks(path, start, stop), [None]):
         cut = SAFE_CUT.match(block) if block else None
@@ -703,10 +712,13 @@ class GPTDataset(torch.utils.data.Dataset):
         """Windows (x, y) that score each token after the first once; a target scored before is -100.
 
         A token has at least context - stride tokens before it, where they exist: a small stride is a fairer measure,
-        for more work. The default is the context.
+        for more work. The default is the context, and the most. ValueError for less than 1.
         """
+        stride = min(self.context_length if stride is None else stride, self.context_length)
+        if stride < 1:
+            raise ValueError(f"stride is {stride}; it must be 1 or more")
         last, scored = len(self.token_ids) - 1, 0
-        for start in range(0, last, stride or self.context_length):
+        for start in range(0, last, stride):
             end = min(start + self.context_length, last)
             window = self.token_ids[start : end + 1].long()
             x, y = window[:-1], window[1:].clone()
@@ -727,8 +739,8 @@ class CompletionDataset(torch.utils.data.Dataset):
         tokenizer = load_tokenizer()
         self.examples, self.items, self.n_cut = examples, [], 0
         for prompt, completion in examples:
-            before = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-            after = [*tokenizer.encode_ordinary(completion), tokenizer.eot_token]
+            before = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
+            after = [*tokenizer.encode(completion, disallowed_special=()), tokenizer.eot_token]
             x, y = (before + after)[:-1], [IGNORED] * (len(before) - 1) + after
             self.n_cut += len(x) > context_length
             self.items.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
@@ -775,7 +787,8 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
                 raise ValueError('needs texts "prompt", "completion" or "instruction", "output" and maybe "input"')
             examples.append((prompt if "prompt" in fields else instruction_prompt(prompt, context), completion))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, {'item' if is_list else 'line'} {number}: {error}") from error
+        where = f", {'item' if is_list else 'line'} {number}" if number else ""
+        raise ValueError(f"{path}{where}: {error}") from error
     if not examples:
         raise ValueError(f"{path} holds no examples")
     return examples
@@ -831,7 +844,7 @@ CONFIG = {
     "learning_rate": 2e-3,  # the highest, reached by the warm-up
     "min_learning_rate": 5e-4,  # the lowest, at the end
     "warmup_steps": 50,  # optimizer steps up to the highest learning rate
-    "decay_steps": 0,  # optimizer steps down to the lowest learning rate; 0: all epochs
+    "decay_steps": 0,  # step at which the lowest learning rate is reached; 0: the last of all epochs
     "weight_decay": 0.3,  # AdamW's pull on matrices and embeddings towards zero
     "grad_clip": 1.0,  # longest gradient; 0: any length
     "seed": 42,  # where all random numbers start
@@ -859,9 +872,10 @@ def check_config(config: dict) -> dict:
     config = {**CONFIG, **config}
     for key, default in CONFIG.items():
         if not isinstance(default, str):
-            check_value(key, config[key], *LIMITS.get(key, (type(default)(0), type(default)(10**9))))
+            kind = type(default)
+            check_value(key, config[key], *LIMITS.get(key, (kind(0), kind(10**9))))  # of a bool: False and True
         elif not isinstance(config[key], str):
-            raise ValueError(f"{key} is {config[key]!r}; it must be a text")
+            raise ValueError(f"{key} is {reprlib.repr(config[key])}; it must be a text")
     check_model_config(config)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
@@ -916,7 +930,7 @@ def pick_device(name: str) -> torch.device:
 
 def join_processes(device: torch.device) -> tuple[int, int]:
     """(rank of this process, number of processes). Under torchrun, join the others: nccl on CUDA, gloo elsewhere."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -973,13 +987,11 @@ def classify(model: GPT2, dataset: CompletionDataset) -> tuple[float, dict[tuple
     if not 2 <= len(labels) <= 50:
         return None
     confusion = dict.fromkeys(itertools.product(labels, labels), 0)
-    for prompt, truth in dataset.examples:
-        candidates = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
-        x, y = collate(candidates.items)  # (labels, T) each
-        with evaluating(model):
-            logits = model(x.to(device)).flatten(0, 1)  # (labels · T, V)
-        losses = F.cross_entropy(logits, y.to(device).flatten(), reduction="none").view(y.shape)  # 0 in the prompt
-        confusion[truth, labels[int(losses.sum(dim=1).argmin())]] += 1
+    with evaluating(model):
+        for prompt, truth in dataset.examples:
+            candidates = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
+            losses = [model(x[None].to(device), targets=y[None].to(device)).item() for x, y in candidates.items]
+            confusion[truth, labels[losses.index(min(losses))]] += 1
     return sum(confusion[label, label] for label in labels) / len(dataset), confusion
 
 
@@ -988,10 +1000,14 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
 
     A content is bytes, or a function that writes into an open binary file. OSError if that fails.
     """
+    for path in contents:
+        if path.is_dir():
+            raise OSError(f"cannot write {path}: it is a folder")
     parts = {path: path.with_name(path.name + ".part") for path in contents}
     try:
         for path, content in contents.items():
-            with open(parts[path], "wb") as file:
+            parts[path].unlink(missing_ok=True)
+            with open(parts[path], "xb") as file:  # a new file: a link that waits there is not followed
                 file.write(content) if isinstance(content, bytes) else content(file)
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut can keep the name and lose the bytes
@@ -1037,14 +1053,9 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     config, model = checkpoint.get("config"), checkpoint.get("model")
     if checkpoint.get("format") != CHECKPOINT_FORMAT or not isinstance(config, dict) or not isinstance(model, dict):
         raise ValueError(f"{path} is no checkpoint of this program (its format should be {CHECKPOINT_FORMAT!r})")
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in model.items()):
-        raise ValueError(f"{path} holds no weights by name")
-    if odd := [key for key, value in checkpoint.items() if isinstance(value, Tensor)]:
+    if odd := [key for key, value in checkpoint.items() if isinstance(value, Tensor)]:  # comparing one can raise
         raise ValueError(f"{path} holds a tensor for {odd[0]}")
-    try:
-        check_model_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    check_model_config(config, str(path))
     return checkpoint
 
 
@@ -1055,7 +1066,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is no folder: give --out another name")
     path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # or a link in a stranger's folder could aim at any file
+    with open(path, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | no_link)) as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1085,6 +1097,18 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def fit_model(model: GPT2, config: dict) -> GPT2:
+    """The model itself, with the dropout rate of `config` and its context, which is the model's or shorter."""
+    if config["context_length"] < model.config["context_length"]:  # drop the positions behind it
+        kept = model.position_embedding.weight.detach()[: config["context_length"]].clone()
+        model.position_embedding = nn.Embedding.from_pretrained(kept, freeze=False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config["dropout_rate"]
+    model.config = check_model_config(config)
+    return model
 
 
 class Run:
@@ -1119,7 +1143,7 @@ class Run:
                 needs = f"training this model takes at least {need / 1e9:,.0f} GB of memory"
                 raise ValueError(f"{needs}, and the machine has {there / 1e9:,.0f}: lower --emb_dim or --n_layers")
         torch.manual_seed(config["seed"])
-        self.model = (model or GPT2(config)).to(self.device).train()
+        self.model = (fit_model(model, config) if model else GPT2(config)).to(self.device).train()
         self.model.chunked_loss = config["chunked_loss"]
         self.optimizer = make_optimizer(self.model, config)
         # float16 ends at 65,504: scale the loss, or small gradients vanish. Only CUDA has it here.
@@ -1137,7 +1161,9 @@ class Run:
         """Continue from a checkpoint. ValueError if what is left would not be the same run."""
         if "optimizer" not in last:
             raise ValueError(f"{path} holds weights only: start a run from it with --init {path} and another --out")
-        if last.get("data_sha256") != self.data_sha256:
+        files = (self.config["data"], (CONFIG | last["config"])["data"])
+        kinds = {Path(name).suffix.lower() in FINE_TUNING for name in files}  # text or examples
+        if last.get("data_sha256") != self.data_sha256 or len(kinds) > 1:
             raise ValueError(f"{self.config['data']} is not the text that {path} was trained on: give --data that text")
         if (took := last.get("windows_per_step")) != self.windows_per_step:
             make = f"batch_size x grad_accumulation x {self.world} process(es) now make {self.windows_per_step}"
@@ -1147,7 +1173,10 @@ class Run:
             check_value("step", last["step"], 0, 10**9)
             check_value("tokens_seen", last["tokens_seen"], 0, 10**18)
             check_value("best_val_loss", last["best_val_loss"], 0.0, math.inf)
-            steps = [row["step"] for row in json.loads(json.dumps(last["metrics"])) if row["train_loss"] >= 0]
+            for key, value in (item for row in last["metrics"] for item in row.items()):
+                if value is not None:  # a gradient norm that was skipped
+                    check_value(str(key), value, -1e300, 1e300)
+            steps = [row["step"] for row in last["metrics"] if row["train_loss"] >= 0]
             if steps != list(range(1, last["step"] + 1)):
                 raise ValueError("its metrics are not those of its steps")
             state = {i: dict(last["optimizer"]["state"])[i] for i in range(len(parameters))}
@@ -1157,7 +1186,7 @@ class Run:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
             if last["scaler"]:  # one that was off has no state
                 self.scaler.load_state_dict(last["scaler"])
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} cannot be continued: {str(error).partition(chr(10))[0]}") from error
         for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
             setattr(self, name, last[name])
@@ -1259,8 +1288,9 @@ class Run:
         files[folder / "last.pt"] = functools.partial(torch.save, last)
         try:
             write_files(files)
-            for path in {folder / "best.pt", folder / "loss.png"} - files.keys() if self.is_new else ():
-                path.unlink(missing_ok=True)  # left from the run before
+            if self.is_new:  # remove what the run before left and this save did not write
+                for path in {folder / "best.pt", folder / "loss.png"} - files.keys():
+                    path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("step %s was not saved: %s", self.step, error)
             return False
@@ -1302,13 +1332,6 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
             raise ValueError(f"{key} {config[key]!r} contradicts the model's {model.config[key]!r}: leave it out")
     if config["context_length"] > model.config["context_length"]:
         raise ValueError(f"context_length is above the model's {model.config['context_length']}: lower it")
-    if config["context_length"] < model.config["context_length"]:  # drop the positions behind it
-        kept = model.position_embedding.weight.detach()[: config["context_length"]].clone()
-        model.position_embedding = nn.Embedding.from_pretrained(kept, freeze=False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config["dropout_rate"]
-    model.config = check_model_config(config)
     return config, model, None
 
 
@@ -1335,13 +1358,14 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
 
     `config` holds what differs from `CONFIG`. `out` is the folder for last.pt, best.pt, metrics.jsonl and loss.png;
     None writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path.
-    `resume` continues `out`/last.pt bit for bit. Closing the generator between two steps saves first.
+    `resume` continues `out`/last.pt, on the same machine bit for bit. Closing the generator between two steps saves
+    first. Each step seeds PyTorch's random numbers anew.
 
     Losses are nats per token; `tokens_per_second` counts targets. ValueError and FileNotFoundError say what to change;
     FloatingPointError if a loss is not finite; OSError if the last save failed.
     """
     folder = Path(out) if out is not None else None
-    saves = folder is not None and int(os.environ.get("RANK", 0)) == 0  # one process does
+    saves = folder is not None and int(os.environ.get("RANK") or 0) == 0  # one process does
     with only_run_in(folder) if saves else contextlib.nullcontext():
         config, model, last = plan_run(config or {}, folder, init, resume, overwrite)
         run, saved = Run(config, model), True
@@ -1358,7 +1382,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
                 saved = run.save(folder, plot=run.step == run.end)
             extra = {"total_steps": run.end}
             if run.rank == 0 and run.is_due(0):
-                extra["sample"] = sample_text(run.model, config["sample_prompt"])
+                extra["sample"] = sample_text(run.model, config["sample_prompt"])  # section 8
             try:
                 yield row | extra
             except GeneratorExit:  # the caller stops here
@@ -1533,7 +1557,7 @@ def run_train(args: argparse.Namespace) -> None:
     """python gpt2.py train"""
     given = OPENAI_SIZES.get(args.model_size, {}) | {key: value for key, value in vars(args).items() if key in CONFIG}
     run = train(given, out=args.out, init=args.init, resume=args.resume, overwrite=args.overwrite)
-    signals, started, first = [], time.monotonic(), None
+    signals, first = [], None
 
     def stop(number, frame) -> None:  # the first signal waits for the step to end, the second does not
         signals.append(number)
@@ -1544,31 +1568,34 @@ def run_train(args: argparse.Namespace) -> None:
             started, first = time.monotonic(), row["step"]
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
-        left = (time.monotonic() - started) / max(row["step"] - first, 1) * (row["total_steps"] - row["step"])
         text = f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}"
         text += f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
-        text += f"  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+        text += f"  {row['tokens_per_second']:,.0f} tokens/s"
+        if row["step"] > first:
+            left = round((time.monotonic() - started) / (row["step"] - first) * (row["total_steps"] - row["step"]))
+            text += f"  {left // 60}:{left % 60:02} left"
         log.info(text, extra={"live": "val_loss" not in row})
         if "sample" in row:
             log.info("    %s", " ".join(row["sample"].split()))
-        if any(sum_over_processes(len(signals))) and row["step"] < row["total_steps"]:  # all stop after the same step
+        if sum_over_processes(len(signals))[0] and row["step"] < row["total_steps"]:  # all stop after the same step
             run.close()
             again = f"python gpt2.py train --resume --out {shlex.quote(args.out)}"
             log.info("saved step %s; continue with: %s", row["step"], again)
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    log.info("done      training loss %.3f; %s/loss.png shows the way", row["train_loss"], args.out)
-    log.info("next      python gpt2.py generate --model %s/last.pt", args.out)
+    folder = Path(args.out)
+    log.info("done      training loss %.3f; %s shows the way", row["train_loss"], folder / "loss.png")
+    log.info("next      python gpt2.py generate --model %s", shlex.quote(str(folder / "last.pt")))
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """python gpt2.py generate"""
-    chosen = [value for value in (args.temperature, args.top_k, args.top_p) if value is not None]
-    temperature = (1.0 if args.temperature is None else args.temperature) if args.do_sample or chosen else 0.0
+    draws = args.do_sample or args.top_k is not None or args.top_p is not None
+    temperature = float(draws) if args.temperature is None else args.temperature
     check_sampling(temperature, args.top_k, args.top_p)
     model, tokenizer = load_model(args), load_tokenizer()
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     try:  # whatever the terminal's encoding, the bytes are taken for UTF-8
-        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+        given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+        prompt = given.decode("utf-8")
     except UnicodeError:
         raise ValueError("the prompt is not UTF-8 text") from None
     ids = prompt_ids(instruction_prompt(prompt) if args.instruct else prompt)
@@ -1617,8 +1644,8 @@ def run_eval(args: argparse.Namespace) -> None:
         _, ids = load_text(path, 1.0)
         dataset, scored = GPTDataset(ids, min(context, max(1, len(ids) - 1))), ids[1:]
     loss = evaluate(model, dataset, stride=stride)
-    n_bytes = sum(len(token_bytes(token, tokenizer)) for token in scored.tolist())
-    bits = loss * len(scored) / math.log(2) / n_bytes
+    n_bytes = sum(len(token_bytes(token, tokenizer)) for token in scored.tolist() if token != tokenizer.eot_token)
+    bits = loss * len(scored) / math.log(2) / max(n_bytes, 1)
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "tokens": len(scored)}
     if result:
         report["accuracy"] = result[0]
@@ -1694,8 +1721,7 @@ def make_parser() -> Parser:
     add("--out", metavar="DIR", default="checkpoints", help="folder for what the run leaves")
     comments = dict(re.findall(r'^    "(\w+)": .+,  # (.+)$', Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
     for key, value in CONFIG.items():
-        metavar = {int: "N", float: "X", str: "TEXT"}
-        kind = {"type": type(value), "metavar": metavar.get(type(value))}
+        kind = {"type": type(value), "metavar": {int: "N", float: "X", str: "TEXT"}.get(type(value))}
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else kind
         # SUPPRESS: only what was given is in the result. The help says the default all the same.
         add(f"--{key}", default=argparse.SUPPRESS, help=f"{comments[key]} (default: {value})", **kind)
@@ -1707,7 +1733,7 @@ def make_parser() -> Parser:
     add("--temperature", type=float, metavar="X", help="below 1 safer, above 1 wilder; 1 if not given")
     add("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     add("--top_p", type=float, metavar="P", help="draw from the most probable tokens that together reach P")
-    add("--num_samples", type=number_from(1, 1000), default=1, metavar="N", help="texts to write at once")
+    add("--num_samples", type=number_from(1, 1000), default=1, metavar="N", help="texts; alike unless drawn")
     add("--seed", type=number_from(0), default=42, metavar="N", help="text i is drawn with seed N + i")
     add("--instruct", action="store_true", help="give the prompt as an instruction, print the response only")
 
@@ -1722,14 +1748,14 @@ def make_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. 0, or 2 after one line on standard error that says what is wrong and what to do."""
+    """Run a command. Its exit status: 0, 2 after one line that says what is wrong, 130 or 141 when interrupted."""
     for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
     args = make_parser().parse_args(arguments)
     notes = Notes()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK") or 0) == 0:
         log.addHandler(notes)
         log.setLevel(logging.INFO)
     try:
@@ -1746,10 +1772,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError) as error:
         message, status = str(error), 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        status = 2
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            remedy = "lower --batch_size (and raise --grad_accumulation), --context_length or --num_samples"
+            message = f"out of memory: {remedy}"
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            reason = str(error).partition("\n")[0]
+            message = f"torch.compile does not work here: leave out --compile, or install what it needs ({reason})"
+        else:
             raise
-        remedy = "lower --batch_size (and raise --grad_accumulation), --context_length or --num_samples"
-        message, status = f"out of memory: {remedy}", 2
     finally:
         log.removeHandler(notes)
     print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)

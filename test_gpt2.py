@@ -769,6 +769,18 @@ def test_scoring_windows_hold_each_target_once():
             assert seen == list(range(1, length))
 
 
+@pytest.mark.parametrize("stride", [8, 9, 12, 1000])
+def test_a_stride_above_the_context_passes_over_nothing(stride):
+    windows = gpt2.GPTDataset(torch.arange(101), 8).scoring_windows(stride)
+    assert [int(target) for _, y in windows for target in y if target != gpt2.IGNORED] == list(range(1, 101))
+
+
+@pytest.mark.parametrize("stride", [0, -1])
+def test_a_stride_below_one_is_an_error(stride):
+    with pytest.raises(ValueError, match=f"stride is {stride}"):
+        gpt2.evaluate(lively(TINY), gpt2.GPTDataset(torch.arange(20), 8), stride=stride)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_draws_no_random_number_and_puts_the_mode_back(training):
     model = lively({**TINY, "dropout_rate": 0.5}).train(training)
@@ -894,13 +906,16 @@ STATE = ("optimizer", "state", 2)
 
 
 @pytest.mark.parametrize("path, value, message", [
-    ((*STATE, "exp_avg"), torch.zeros(3), "exp_avg is .*3,"), ((*STATE, "exp_avg_sq"), None, "exp_avg_sq is None"),
+    ((*STATE, "exp_avg"), torch.zeros(3), "exp_avg is .*3,"),
+    ((*STATE, "exp_avg_sq"), None, "exp_avg_sq is an odd NoneType"),
     ((*STATE, "exp_avg_sq"), torch.full((24, 8), math.nan), "NaN"), ((*STATE, "step"), torch.ones(2), "step is"),
     ((*STATE, "step"), torch.tensor(1.0).to_sparse(), "step is"),
     ((*STATE, "more"), torch.ones(1), "more has no place"),
     (STATE, {}, "is missing"), (("optimizer", "state"), 3, "continued"), (("optimizer",), [], "continued"),
-    (("step",), -1, "step is '-1'"), (("step",), "3", "step is '3'"), (("step",), 1, "metrics"),
+    (("step",), -1, "step is -1"), (("step",), "3", "step is '3'"), (("step",), 1, "metrics"),
     (("tokens_seen",), 0.5, "tokens_seen"), (("best_val_loss",), math.nan, "best_val_loss"),
+    (("metrics", 0, "val_loss"), {"a": 1}, "val_loss"),
+    (("metrics", 1, "train_loss"), 10**400, "train_loss"),
     (("metrics",), [], "metrics"), (("metrics",), [{"step": 1}, {"step": 2}], "train_loss"),
     (("model", "final_norm.bias"), torch.zeros(9), "final_norm.bias"),
     (("windows_per_step",), torch.zeros(9), "tensor for windows_per_step"),
@@ -914,6 +929,37 @@ def test_a_checkpoint_with_odd_values_is_not_continued(config, tmp_path, path, v
     gpt2.save_checkpoint(tmp_path / "last.pt", checkpoint)
     with pytest.raises(ValueError, match=message):
         next(gpt2.train(out=tmp_path, resume=True))
+
+
+def test_resume_tells_examples_from_a_text_of_the_same_bytes(fine_tuning, tmp_path):
+    train_until(2, fine_tuning, tmp_path / "run")
+    shutil.copy(fine_tuning["data"], tmp_path / "same.txt")
+    shutil.copy(fine_tuning["data"], tmp_path / "same.json")
+    with pytest.raises(ValueError, match="not the text"):
+        next(gpt2.train({"data": str(tmp_path / "same.txt")}, out=tmp_path / "run", resume=True))
+
+
+def test_a_link_in_a_folder_reaches_no_file_outside(config, tmp_path, exported):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("mine")
+    (folder / ".lock").symlink_to(outside)
+    with pytest.raises(OSError):
+        next(gpt2.train(config, out=folder))
+    (folder / ".lock").unlink()
+    for name in ("last.pt.part", "model.safetensors.part", "metrics.jsonl"):
+        (folder / name).symlink_to(outside)
+    train_until(1, config, folder)
+    gpt2.GPT2.from_pretrained(folder / "last.pt").save_pretrained(folder)
+    assert outside.read_text() == "mine" and not (folder / "metrics.jsonl").is_symlink()
+
+
+def test_a_folder_under_a_files_name_is_noticed_before_any_is_replaced(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(OSError, match="config.json: it is a folder"):
+        lively(TRAINABLE).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_whose_loss_is_zero_is_continued(config, tmp_path):
@@ -1158,6 +1204,13 @@ def test_training_starts_from_a_model(whole, config, tmp_path):
     assert moved["config"]["context_length"] == 5 and moved["config"]["dropout_rate"] == 0.0
     for name, tensor in moved["model"].items():
         assert torch.allclose(tensor, start["model"][name][: len(tensor)], atol=1e-6)
+
+
+def test_a_run_that_cannot_begin_leaves_the_model_as_it_was(config):
+    model = lively({**TRAINABLE, "context_length": 32})
+    with pytest.raises(FileNotFoundError):
+        next(gpt2.train({**config, "context_length": 16, "data": "missing.txt"}, out=None, init=model))
+    assert model.config["context_length"] == 32 and len(model.position_embedding.weight) == 32
 
 
 def test_a_model_object_is_trained_in_place(config):
@@ -1683,6 +1736,7 @@ def shelf(tmp_path_factory):
         "list.json": b"[1, 2]", "latin1.jsonl": '{"prompt": "\xe9"}'.encode("latin-1"),
         "single.jsonl": b'{"prompt": "a", "completion": "b"}\n',
         "input.jsonl": b'{"instruction": "a", "input": 3, "output": "x"}', "nothing.pt": b"", "letter.pt": b"G",
+        "spaces.json": json.dumps(2 * [{"prompt": "", "completion": "b" + " " * 1_500_000 + "c"}]).encode(),
         "end.pt": good[:-43] + b"\1" + good[-42:],
         "words.pt": b"these are words\n" * 9, "cut.pt": good[: len(good) // 2],
         "flipped.pt": good[:600_000] + bytes([good[600_000] ^ 255]) + good[600_001:],
@@ -1708,6 +1762,20 @@ def shelf(tmp_path_factory):
     checkpoint("shared.pt", model={name: same[: tensor.numel()].view(tensor.shape) if tensor.numel() <= 256 else tensor
                                    for name, tensor in weights.items()})  # fmt: skip
     checkpoint("expanded.pt", model={name: same[:1].expand(tensor.shape) for name, tensor in weights.items()})
+    laugh = [1]
+    for _ in range(40):
+        laugh = [laugh, laugh]
+    checkpoint("laugh.pt", config={**model.config, "vocab_size": laugh})
+    checkpoint("odd.pt", model={**weights, "final_norm.bias": torch.zeros(8).to(torch.complex64)})
+    for name, theirs, tensor in (
+        ("odd_head", "lm_head.weight", model.token_embedding.weight.detach().to_sparse()),
+        ("odd_matrix", "h.0.attn.c_attn.weight", torch.zeros(8, 24, device="meta")),
+    ):
+        model.save_pretrained(folder / name)
+        tensors = gpt2.read_safetensors(folder / name / "model.safetensors")
+        tensors = {key: value.clone() for key, value in tensors.items()} | {theirs: tensor}
+        torch.save(tensors, folder / name / "pytorch_model.bin")
+        (folder / name / "model.safetensors").unlink()
     checkpoint("sparse.pt", model={name: tensor.to_sparse() for name, tensor in weights.items()})
     checkpoint("numbers.pt", model={"token_embedding.weight": 3})
     checkpoint("nan.pt", model={**model.state_dict(), "final_norm.bias": torch.full((8,), math.nan)})
@@ -1781,7 +1849,9 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("generate --model good.pt --top_k 0", "top_k"), ("generate --model good.pt --top_k 1.5", "top_k"),
     ("generate --model good.pt --top_p 0", "top_p"), ("generate --model good.pt --top_p 1.01", "top_p"),
     ("generate --model good.pt --top_p nan", "top_p"),
-    ("generate --model good.pt --num_samples 0", "num_samples"),
+    ("generate --model good.pt --num_samples 0", "num_samples"), ("generate --model laugh.pt", "vocab_size is"),
+    ("generate --model odd_head", "ordinary tensors"), ("generate --model odd_matrix", "ordinary tensors"),
+    ("generate --model odd.pt", "odd Tensor"), ("train --data spaces.json", "tokenizing"),
     ("generate --model good.pt --num_samples 1001", "1000"), ("generate --model shared.pt", "claim more"),
     ("generate --model sparse.pt", "sparse.pt"), ("generate --model expanded.pt", "claim more"),
     ("train --emb_dim 65536 --n_heads 1 --n_layers 1000", "GB of memory"),
@@ -1987,8 +2057,8 @@ def test_generate_continues_the_prompt_greedily(at_shelf, tokenizer):
 
 def test_a_dash_reads_the_prompt_from_standard_input(at_shelf, monkeypatch):
     options = ["--model", "good.pt", "--max_tokens", 5]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\nupon"))
-    assert at_shelf("generate", "-", *options).out == at_shelf("generate", "Once\nupon", *options).out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Once\nupön".encode()), encoding="latin-1"))
+    assert at_shelf("generate", "-", *options).out == at_shelf("generate", "Once\nupön", *options).out
 
 
 def test_an_empty_prompt_starts_a_text(at_shelf, tokenizer):
