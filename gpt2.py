@@ -478,7 +478,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             count = math.prod(shape)
             if begin + start != position or end - start != count * dtype.itemsize or begin + end > len(data):
                 raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data) - begin}")
-            tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=position) if count else torch.empty(0)
+            tensor = torch.empty(0, dtype=dtype)
+            if count:  # frombuffer takes no less
+                tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=position)
             tensors[name], position = tensor.view(shape), begin + end
         if position != len(data):
             raise ValueError(f"{len(data)} bytes where the header describes {position}")
