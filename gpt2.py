@@ -1561,7 +1561,8 @@ def run_train(args: argparse.Namespace) -> None:
     run = train(given, out=args.out, init=args.init, resume=args.resume, overwrite=args.overwrite)
     signals, first = [], None
 
-    def stop(number, frame) -> None:  # the first signal waits for the step to end, the second does not
+    def stop(number, frame) -> None:
+        """Let the first signal wait for the step to end; the second does not."""
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -1705,6 +1706,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add_command(name: str, run: Callable, text: str) -> Callable:
+        """Add a command, with the options that several share; what adds its own options."""
         defaults = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(name, help=text, description=text, formatter_class=defaults, allow_abbrev=False)
         command.set_defaults(run=run, command=name)

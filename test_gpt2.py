@@ -1908,6 +1908,13 @@ def test_too_little_memory_says_what_to_lower(cli, monkeypatch, error):
     assert result.code == 2 and result.err.count("\n") == 1 and "lower --batch_size" in result.err
 
 
+def test_a_compiler_that_is_missing_is_one_line(cli, monkeypatch):
+    error = type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no compiler\nmore")
+    monkeypatch.setattr(gpt2, "load_model", lambda args: (_ for _ in ()).throw(error))
+    result = cli("generate")
+    assert result.code == 2 and result.err.count("\n") == 1 and "leave out --compile" in result.err
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), NotImplementedError("a bug"), KeyError("a bug")])
 def test_a_bug_is_not_taken_for_bad_input(cli, monkeypatch, error):
     monkeypatch.setattr(gpt2, "load_model", lambda args: (_ for _ in ()).throw(error))
