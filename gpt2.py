@@ -1762,9 +1762,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if int(os.environ.get("RANK") or 0) == 0:
         log.addHandler(notes)
         log.setLevel(logging.INFO)
+    else:  # of several processes, the first speaks
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         args.run(args)
         sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 0
     except BrokenPipeError:  # the reader has left, as `| head -1` does
         for stream in (sys.stdout, sys.stderr):

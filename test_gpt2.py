@@ -1156,16 +1156,20 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_save(config, tmp_pa
     ] == 2
 
 
+def torchrun(*words):
+    """What a command by two processes prints on standard output."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*start, PROGRAM, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, config):
     """Seven steps by two processes at half the batch, without dropout."""
     folder = tmp_path_factory.mktemp("two") / "run"
     options = words({**config, "dropout_rate": 0.0, "batch_size": 2, "max_steps": 7})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, PROGRAM, "train", *options, "--out", folder], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun("train", *options, "--out", folder)
     return folder
 
 
@@ -1181,6 +1185,12 @@ def assert_close_rows(rows, reference):
 
 def test_two_processes_at_half_the_batch_train_as_one(two_processes, one_process):
     assert_close_rows(metrics_of(two_processes), one_process[:7])
+
+
+def test_two_processes_share_an_evaluation_and_report_it_once(two_processes, config, cli):
+    command = ["eval", "--json", "--data", config["data"], "--model", two_processes / "last.pt"]
+    report = json.loads(torchrun(*command))
+    assert report == pytest.approx(json.loads(cli(*command).out), rel=1e-5)
 
 
 def test_one_process_goes_on_with_a_run_of_two(two_processes, one_process, config, tmp_path):
