@@ -49,7 +49,6 @@ import sys
 import time
 import warnings
 import zipfile
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -659,23 +658,28 @@ def read_blocks(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[
             raise ValueError(f"{path} is not UTF-8 text ({found}): convert it") from None
 
 
+def safe_pieces(path: Path, start: int, stop: int) -> Iterator[str]:
+    """The same characters of a file, in pieces that give the same tokens alone as together."""
+    rest = ""
+    for block in read_blocks(path, start, stop):
+        if cut := SAFE_CUT.match(block):
+            yield rest + cut.group()
+            rest, block = "", block[cut.end() :]
+        rest += block
+    yield rest
+
+
 def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
-    """The tokens of characters `start` to `stop` of a file, as uint16. Memory holds them, and text up to a cut."""
-    tokenizer, tokens, pieces, rest, done = load_tokenizer(), array("H"), [], "", 0
-    for block in itertools.chain(read_blocks(path, start, stop), [None]):
-        cut = SAFE_CUT.match(block) if block else None
-        if block and not cut:
-            rest += block
-            continue
-        pieces.append(rest + (cut.group() if cut else ""))
-        rest = block[cut.end() :] if cut else ""
-        if block is None or len(pieces) == 2 * os.cpu_count():  # two pieces, of a million characters, for each core
-            for ids in tokenizer.encode_batch(pieces, num_threads=os.cpu_count(), allowed_special="all"):
-                tokens.extend(ids)
-            done, pieces = done + sum(map(len, pieces)), []
-            if block:
-                log.info("tokenising: %.0f %% of %s", 100 * done / (stop - start), path, extra={"live": True})
-    return torch.frombuffer(tokens, dtype=torch.uint16) if tokens else torch.empty(0, dtype=torch.uint16)
+    """The tokens of characters `start` to `stop` of a file, as uint16: 2 bytes a token."""
+    tokenizer, pieces, cores = load_tokenizer(), safe_pieces(path, start, stop), os.cpu_count()
+    tokens, done = [], 0
+    while some := list(itertools.islice(pieces, 2 * cores)):  # two pieces, of a million characters, for each core
+        for ids in tokenizer.encode_batch(some, num_threads=cores, allowed_special="all"):
+            tokens.append(torch.tensor(ids, dtype=torch.uint16))
+        done += sum(map(len, some))
+        if done < stop - start:
+            log.info("tokenising: %.0f %% of %s", 100 * done / (stop - start), path, extra={"live": True})
+    return torch.cat(tokens)
 
 
 def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
