@@ -777,21 +777,24 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
             f"the request.\n\n### Instruction:\n{instruction}\n\n{middle}### Response:\n")  # fmt: skip
 
 
+def to_example(entry) -> tuple[str, str]:
+    """(prompt, completion) from one JSON value. ValueError if it is neither of the two kinds of object."""
+    match entry:
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            return prompt, completion
+        case {"instruction": str(task), "output": str(output)} if isinstance(entry.get("input") or "", str):
+            return instruction_prompt(task, entry.get("input") or ""), output
+    raise ValueError('needs texts "prompt", "completion" or "instruction", "output" and maybe "input"')
+
+
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """(prompt, completion) pairs from a file with a JSON object a line, or a JSON list. ValueError names the line."""
     text, examples, number = "".join(read_blocks(path)), [], 0
     is_list = text.lstrip().startswith("[")
     try:
         for number, entry in enumerate(json.loads(text) if is_list else text.split("\n"), start=1):
-            if not is_list and not entry.strip():
-                continue
-            entry = entry if is_list else json.loads(entry)
-            fields = entry if isinstance(entry, dict) else {}
-            names = ("prompt", "completion") if "prompt" in fields else ("instruction", "output")
-            prompt, completion, context = (*map(fields.get, names), fields.get("input") or "")
-            if not all(isinstance(value, str) for value in (prompt, completion, context)):
-                raise ValueError('needs texts "prompt", "completion" or "instruction", "output" and maybe "input"')
-            examples.append((prompt if "prompt" in fields else instruction_prompt(prompt, context), completion))
+            if is_list or entry.strip():
+                examples.append(to_example(entry if is_list else json.loads(entry)))
     except (ValueError, RecursionError) as error:
         where = f", {'item' if is_list else 'line'} {number}" if number else ""
         raise ValueError(f"{path}{where}: {error}") from error
