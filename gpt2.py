@@ -735,31 +735,25 @@ class GPTDataset(torch.utils.data.Dataset):
                 return
 
 
-class CompletionDataset(torch.utils.data.Dataset):
+class CompletionDataset(list):
     """Prompts and completions for fine-tuning. Item i is (x, y) of its own length; y is -100 where the prompt is.
 
     A completion ends with `<|endoftext|>`, so the model learns to stop. The context cuts `n_cut` prompts on the left.
     """
 
     def __init__(self, examples: Sequence[tuple[str, str]], context_length: int):
-        tokenizer = load_tokenizer()
-        self.examples, self.items, self.n_cut = examples, [], 0
+        super().__init__()
+        tokenizer, self.examples, self.n_cut = load_tokenizer(), examples, 0
         for prompt, completion in examples:
             before = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
             after = [*tokenizer.encode(completion, disallowed_special=()), tokenizer.eot_token]
             x, y = (before + after)[:-1], [IGNORED] * (len(before) - 1) + after
             self.n_cut += len(x) > context_length
-            self.items.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.items[index]
+            self.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
 
     def scoring_windows(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All items; there is nothing to slide."""
-        return iter(self.items)
+        return iter(self)
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -999,7 +993,7 @@ def classify(model: GPT2, dataset: CompletionDataset) -> tuple[float, dict[tuple
     with evaluating(model):
         for prompt, truth in dataset.examples:
             candidates = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
-            losses = [model(x[None].to(device), targets=y[None].to(device)).item() for x, y in candidates.items]
+            losses = [model(x[None].to(device), targets=y[None].to(device)).item() for x, y in candidates]
             confusion[truth, labels[losses.index(min(losses))]] += 1
     return sum(confusion[label, label] for label in labels) / len(dataset), confusion
 
