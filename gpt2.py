@@ -981,21 +981,21 @@ def evaluate(model: GPT2, dataset: GPTDataset | CompletionDataset, *, stride: in
     return loss / count
 
 
-def classify(model: GPT2, dataset: CompletionDataset) -> tuple[float, dict[tuple[str, str], int]] | None:
-    """Accuracy and {(true, predicted): count} when each prompt gets the most probable of all the file's completions.
+def classify(model: GPT2, dataset: CompletionDataset) -> dict[tuple[str, str], int]:
+    """{(true, predicted): count} when each prompt gets the most probable of all the file's completions.
 
-    None when there are fewer than 2 or more than 50 of them: that is no classification.
+    Empty when there are fewer than 2 or more than 50 of them: that is no classification.
     """
     device, labels = next(model.parameters()).device, sorted({completion for _, completion in dataset.examples})
     if not 2 <= len(labels) <= 50:
-        return None
+        return {}
     confusion = dict.fromkeys(itertools.product(labels, labels), 0)
     with evaluating(model):
         for prompt, truth in dataset.examples:
             candidates = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
             losses = [model(x[None].to(device), targets=y[None].to(device)).item() for x, y in candidates]
             confusion[truth, labels[losses.index(min(losses))]] += 1
-    return sum(confusion[label, label] for label in labels) / len(dataset), confusion
+    return confusion
 
 
 def write_files(contents: dict[Path, bytes | Callable]) -> None:
@@ -1636,14 +1636,14 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     """python gpt2.py eval"""
-    path, model, tokenizer, result = find_data(args.data), load_model(args), load_tokenizer(), None
+    path, model, tokenizer, confusion = find_data(args.data), load_model(args), load_tokenizer(), {}
     context = model.config["context_length"]
     stride = args.stride or max(1, context // 2)
     if stride > context:
         raise ValueError(f"stride {stride} would pass over tokens: the model's context is {context}, lower it")
     if path.suffix.lower() in FINE_TUNING:
         dataset = CompletionDataset(read_examples(path), context)
-        scored, result = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
+        scored, confusion = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
     else:
         _, ids = load_text(path, 1.0)
         dataset, scored = GPTDataset(ids, min(context, max(1, len(ids) - 1))), ids[1:]
@@ -1651,14 +1651,13 @@ def run_eval(args: argparse.Namespace) -> None:
     n_bytes = sum(len(token_bytes(token, tokenizer)) for token in scored.tolist() if token != tokenizer.eot_token)
     bits = loss * len(scored) / math.log(2) / max(n_bytes, 1)
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "tokens": len(scored)}
-    if result:
-        report["accuracy"] = result[0]
+    if confusion:
+        report["accuracy"] = sum(n for (true, predicted), n in confusion.items() if true == predicted) / len(dataset)
     if args.json:
         print(json.dumps(report))
         return
     for name, value in report.items():
         print(f"{name:<14}{value:>14,.4f}" if isinstance(value, float) else f"{name:<14}{value:>14,}")
-    confusion = result[1] if result else {}
     labels = sorted({true for true, _ in confusion})
     if 0 < len(labels) <= 10:
         width = max(len(repr(label)) for label in labels) + 2
