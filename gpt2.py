@@ -1596,6 +1596,8 @@ def run_generate(args: argparse.Namespace) -> None:
     draws = args.do_sample or args.top_k is not None or args.top_p is not None
     temperature = float(draws) if args.temperature is None else args.temperature
     check_sampling(temperature, args.top_k, args.top_p)
+    for key, low, high in (("max_tokens", 0, 10**9), ("num_samples", 1, 1000), ("seed", 0, 2**31 - 1)):
+        check_value(key, getattr(args, key), low, high)
     model, tokenizer = load_model(args), load_tokenizer()
     try:  # whatever the terminal's encoding, the bytes are taken for UTF-8
         given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
@@ -1638,9 +1640,9 @@ def run_eval(args: argparse.Namespace) -> None:
     """python gpt2.py eval"""
     path, model, tokenizer, confusion = find_data(args.data), load_model(args), load_tokenizer(), {}
     context = model.config["context_length"]
-    stride = args.stride or max(1, context // 2)
-    if stride > context:
-        raise ValueError(f"stride {stride} would pass over tokens: the model's context is {context}, lower it")
+    stride = max(1, context // 2) if args.stride is None else args.stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride {stride} must be from 1 to the model's context, {context}: else tokens are left out")
     if path.suffix.lower() in FINE_TUNING:
         dataset = CompletionDataset(read_examples(path), context)
         scored, confusion = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
@@ -1688,18 +1690,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
-def number_from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """A type for argparse: a whole number from `low` to `high`."""
-
-    def number(text: str) -> int:
-        """The number, or argparse's error."""
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return int(text)
-
-    return number
-
-
 def make_parser() -> Parser:
     """The four commands. `train` takes every key of `CONFIG`; the comment beside the key is its help."""
     parser = Parser(prog="gpt2.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -1732,18 +1722,18 @@ def make_parser() -> Parser:
 
     add = add_command("generate", run_generate, "continue a text")
     add("prompt", nargs="?", default=CONFIG["sample_prompt"], metavar="PROMPT", help="text; - is standard input")
-    add("--max_tokens", type=number_from(0), default=100, metavar="N", help="most tokens to write")
+    add("--max_tokens", type=int, default=100, metavar="N", help="most tokens to write")
     add("--do_sample", action="store_true", help="draw tokens, not always the most probable; the next three imply it")
     add("--temperature", type=float, metavar="X", help="below 1 safer, above 1 wilder; 1 if not given")
     add("--top_k", type=int, metavar="K", help="draw from the K most probable tokens")
     add("--top_p", type=float, metavar="P", help="draw from the most probable tokens that together reach P")
-    add("--num_samples", type=number_from(1, 1000), default=1, metavar="N", help="texts; alike unless drawn")
-    add("--seed", type=number_from(0), default=42, metavar="N", help="text i is drawn with seed N + i")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts; alike unless drawn")
+    add("--seed", type=int, default=42, metavar="N", help="text i is drawn with seed N + i")
     add("--instruct", action="store_true", help="give the prompt as an instruction, print the response only")
 
     add = add_command("eval", run_eval, "measure a model on a text or on examples")
     add("--data", metavar="FILE", default=CONFIG["data"], help="UTF-8 text, or .jsonl/.json examples")
-    add("--stride", type=number_from(1), metavar="N", help="tokens between windows; else half the context")
+    add("--stride", type=int, metavar="N", help="tokens between windows; else half the context")
     add("--json", action="store_true", help="print one JSON object")
 
     add = add_command("export", run_export, "write a model as a Hugging Face folder")
