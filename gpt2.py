@@ -1537,7 +1537,6 @@ class Notes(logging.Handler):
         self.open_line, self.next_time = False, -math.inf
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one note."""
         text, live = printable(record.getMessage()), getattr(record, "live", False)
         on_terminal, now = sys.stderr.isatty(), time.monotonic()
         if live and not on_terminal and now < self.next_time:
@@ -1557,7 +1556,6 @@ class Notes(logging.Handler):
 
 
 def run_train(args: argparse.Namespace) -> None:
-    """python gpt2.py train"""
     given = OPENAI_SIZES.get(args.model_size, {}) | {key: value for key, value in vars(args).items() if key in CONFIG}
     run = train(given, out=args.out, init=args.init, resume=args.resume, overwrite=args.overwrite)
     signals, first = [], None
@@ -1592,7 +1590,6 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """python gpt2.py generate"""
     draws = args.do_sample or args.top_k is not None or args.top_p is not None
     temperature = float(draws) if args.temperature is None else args.temperature
     check_sampling(temperature, args.top_k, args.top_p)
@@ -1615,9 +1612,7 @@ def run_generate(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
     def write(text: str) -> None:
-        """Write a piece of text at once."""
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-        sys.stdout.flush()
+        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     if args.num_samples > 1:
         for i, row in enumerate(write_on()[:, ids.size(1) :].tolist()):
@@ -1627,7 +1622,6 @@ def run_generate(args: argparse.Namespace) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character until the rest comes
 
     def on_token(new: Tensor) -> None:
-        """Write what a new token completes."""
         if new.item() != tokenizer.eot_token:
             write(decoder.decode(token_bytes(new.item(), tokenizer)))
 
@@ -1637,7 +1631,6 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """python gpt2.py eval"""
     path, model, tokenizer, confusion = find_data(args.data), load_model(args), load_tokenizer(), {}
     context = model.config["context_length"]
     stride = max(1, context // 2) if args.stride is None else args.stride
@@ -1669,7 +1662,6 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """python gpt2.py export"""
     load_model(args).save_pretrained(args.folder)
     log.info("wrote %s: config.json, model.safetensors and the tokenizer's files", args.folder)
 
@@ -1686,7 +1678,6 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
