@@ -477,10 +477,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             count = math.prod(shape)
             if begin + start != position or end - start != count * dtype.itemsize or begin + end > len(data):
                 raise ValueError(f"tensor {name} {shape} does not fit bytes {start} to {end} of {len(data) - begin}")
-            tensor = torch.empty(0, dtype=dtype)
-            if count:  # frombuffer takes no less
-                tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=position)
-            tensors[name], position = tensor.view(shape), begin + end
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=position).view(shape)
+            position = begin + end
         if position != len(data):
             raise ValueError(f"{len(data)} bytes where the header describes {position}")
         return tensors
@@ -535,15 +533,14 @@ def from_hugging_face(config: dict, tensors: dict[str, Tensor], source: str | Pa
     """A model from tensors under their names. Each must be used, but for causal masks and a head equal to `wte`."""
     if not all(isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()):
         raise ValueError(f"{source} does not hold ordinary tensors by name")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    head = tensors.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in tensors and not torch.equal(head, tensors["wte.weight"]):
-        raise ValueError(f"{source}: lm_head.weight differs from wte.weight; a head of its own is not supported")
-    ours = {theirs: name for name, theirs in hugging_face_names(config).items()}
-    found = {}
+    ours, found = {theirs: name for name, theirs in hugging_face_names(config).items()}, {}
     for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
         if not CAUSAL_MASK.fullmatch(name):
             found[ours.get(name, name)] = tensor.transpose(0, -1) if TRANSPOSED.search(name) else tensor
+    head = found.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, found.get("token_embedding.weight", head)):
+        raise ValueError(f"{source}: lm_head.weight differs from wte.weight; a head of its own is not supported")
     return model_from_tensors(config, found, source)
 
 
@@ -1547,8 +1544,7 @@ class Notes(logging.Handler):
         self.open_line = live and on_terminal
         width = shutil.get_terminal_size().columns - 1
         try:
-            sys.stderr.write(start + (text[:width] if self.open_line else text + "\n"))
-            sys.stderr.flush()
+            print(start + (text[:width] if self.open_line else text + "\n"), end="", file=sys.stderr, flush=True)
         except BrokenPipeError:  # nobody reads on
             raise
         except OSError:  # a full disk under a log file is no reason to stop
