@@ -1114,7 +1114,7 @@ def fit_model(model: GPT2, config: dict) -> GPT2:
 class Run:
     """Everything that a training run is between two steps: data, model, optimizer, and how far it has come."""
 
-    KEPT = ("config", "step", "tokens_seen", "best_val_loss", "metrics", "windows_per_step", "data_sha256")
+    KEPT = ("config", "step", "tokens_seen", "best_val_loss", "metrics", "windows_per_step", "data_fingerprint")
 
     def __init__(self, config: dict, model: GPT2 | None = None):
         self.config, self.device = config, pick_device(config["device"])
@@ -1127,8 +1127,9 @@ class Run:
         self.autocast = torch.autocast(kind, half) if half else contextlib.nullcontext()
         self.rank, self.world = join_processes(self.device)
         self.train_set, self.val_set = load_data(config)
+        self.unit = "examples" if isinstance(self.train_set, CompletionDataset) else "tokens"
         with open(find_data(config["data"]), "rb") as file:
-            self.data_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.data_fingerprint = f"{self.unit} {hashlib.file_digest(file, 'sha256').hexdigest()}"
         self.windows_per_step = config["batch_size"] * config["grad_accumulation"] * self.world
         self.steps_per_epoch = math.ceil(len(self.train_set) / self.windows_per_step)
         self.total_steps = config["epochs"] * self.steps_per_epoch
@@ -1161,9 +1162,7 @@ class Run:
         """Continue from a checkpoint. ValueError if what is left would not be the same run."""
         if "optimizer" not in last:
             raise ValueError(f"{path} holds weights only: start a run from it with --init {path} and another --out")
-        files = (self.config["data"], (CONFIG | last["config"])["data"])
-        kinds = {Path(name).suffix.lower() in FINE_TUNING for name in files}  # text or examples
-        if last.get("data_sha256") != self.data_sha256 or len(kinds) > 1:
+        if last.get("data_fingerprint") != self.data_fingerprint:
             raise ValueError(f"{self.config['data']} is not the text that {path} was trained on: give --data that text")
         if (took := last.get("windows_per_step")) != self.windows_per_step:
             make = f"batch_size x grad_accumulation x {self.world} process(es) now make {self.windows_per_step}"
@@ -1179,7 +1178,7 @@ class Run:
             steps = [row["step"] for row in last["metrics"] if row["train_loss"] >= 0]
             if steps != list(range(1, last["step"] + 1)):
                 raise ValueError("its metrics are not those of its steps")
-            state = {i: dict(last["optimizer"]["state"])[i] for i in range(len(parameters))}
+            state = last["optimizer"]["state"]
             for i, parameter in enumerate(parameters):  # AdamW believes what it gets, and would write past its end
                 shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                 check_tensors(state[i], shapes, f"AdamW's state of parameter {i}")
@@ -1338,9 +1337,8 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
 def describe(run: Run, folder: Path | None) -> None:
     """Say what a run will do."""
     config, sets = run.config, [part for part in (run.train_set, run.val_set) if part]
-    unit = "examples" if isinstance(run.train_set, CompletionDataset) else "tokens"
     counts = [len(getattr(part, "token_ids", part)) for part in sets]
-    sizes = ", ".join(f"{count:,} {unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
+    sizes = ", ".join(f"{count:,} {run.unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
     log.info("data      %s: %s", config["data"], sizes)
     if n_cut := sum(getattr(part, "n_cut", 0) for part in sets):
         log.info("          %s are longer than the context: their prompts lose the beginning", f"{n_cut:,}")
