@@ -641,13 +641,13 @@ def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer) -> str:
     return b"".join(token_bytes(i, tokenizer) for i in torch.as_tensor(ids).flatten().tolist()).decode(errors="replace")
 
 
-def read_blocks(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[str]:
+def read_blocks(path: Path, start: int = 0, stop: int = sys.maxsize) -> Iterator[str]:
     """Characters `start` to `stop` of a UTF-8 file, a million at a time. ValueError if it is not UTF-8."""
     position = 0
     with open(path, encoding="utf-8-sig", newline="") as file:  # newline="": line ends stay as they are
         try:
             while position < stop and (block := file.read(1 << 20)):
-                yield block[max(start - position, 0) : int(min(stop - position, len(block)))]
+                yield block[max(start - position, 0) : stop - position]
                 position += len(block)
         except UnicodeDecodeError as error:  # its `object` is the last bytes that were read
             where = file.buffer.tell() - len(error.object) + error.start
@@ -680,7 +680,7 @@ def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
 
 
 def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A text's tokens in two parts. It is cut by characters, before tokenising. ValueError if there is no text."""
+    """A text's tokens, to train on and to validate, cut by characters before tokenising. ValueError if there are none."""
     if not any(map(str.strip, read_blocks(path))):
         raise ValueError(f"{path} is empty or only white space: give a text")
     n_chars = sum(map(len, read_blocks(path)))
@@ -1632,7 +1632,7 @@ def run_eval(args: argparse.Namespace) -> None:
         dataset = CompletionDataset(read_examples(path), context)
         scored, confusion = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
     else:
-        _, ids = load_text(path, 1.0)
+        ids, _ = load_text(path)
         dataset, scored = GPTDataset(ids, min(context, max(1, len(ids) - 1))), ids[1:]
     loss = evaluate(model, dataset, stride=stride)
     n_bytes = sum(len(token_bytes(token, tokenizer)) for token in scored.tolist() if token != tokenizer.eot_token)
@@ -1731,7 +1731,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
     args = make_parser().parse_args(arguments)
-    notes = Notes()
+    notes, status = Notes(), 2
     if int(os.environ.get("RANK") or 0) == 0:
         log.addHandler(notes)
         log.setLevel(logging.INFO)
@@ -1751,12 +1751,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except (ValueError, OSError, ArithmeticError) as error:
-        message, status = str(error), 2
+        message = str(error)
     except (MemoryError, RuntimeError) as error:
-        status = 2
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            remedy = "lower --batch_size (and raise --grad_accumulation), --context_length or --num_samples"
-            message = f"out of memory: {remedy}"
+            message = "out of memory: lower --batch_size (raise --grad_accumulation), --context_length or --num_samples"
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             reason = str(error).partition("\n")[0]
             message = f"torch.compile does not work here: leave out --compile, or install what it needs ({reason})"
