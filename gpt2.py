@@ -680,7 +680,7 @@ def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
 
 
 def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A text's tokens, to train on and to validate, cut by characters before tokenising. ValueError if there are none."""
+    """A text's tokens to train on and to validate, cut by characters before tokenising. ValueError if it has no text."""
     if not any(map(str.strip, read_blocks(path))):
         raise ValueError(f"{path} is empty or only white space: give a text")
     n_chars = sum(map(len, read_blocks(path)))
@@ -1000,12 +1000,11 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
 
     A content is bytes, or a function that writes into an open binary file. OSError if that fails.
     """
-    for path in contents:
-        if path.is_dir():
-            raise OSError(f"cannot write {path}: it is a folder")
     parts = {path: path.with_name(path.name + ".part") for path in contents}
     try:
         for path, content in contents.items():
+            if path.is_dir():
+                raise OSError("it is a folder")
             parts[path].unlink(missing_ok=True)
             with open(parts[path], "xb") as file:  # a new file: a link that waits there is not followed
                 file.write(content) if isinstance(content, bytes) else content(file)
@@ -1167,9 +1166,8 @@ class Run:
             raise ValueError(f"{path} took {took} windows a step; {make}: change one until they agree")
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
-            check_value("step", last["step"], 0, 10**9)
-            check_value("tokens_seen", last["tokens_seen"], 0, 10**18)
-            check_value("best_val_loss", last["best_val_loss"], 0.0, math.inf)
+            for key, low, high in (("step", 0, 10**9), ("tokens_seen", 0, 10**18), ("best_val_loss", 0.0, math.inf)):
+                check_value(key, last[key], low, high)
             for key, value in (item for row in last["metrics"] for item in row.items()):
                 if value is not None:  # a gradient norm that was skipped
                     check_value(str(key), value, -1e300, 1e300)
@@ -1335,10 +1333,10 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
 def describe(run: Run, folder: Path | None) -> None:
     """Say what a run will do."""
     config, sets = run.config, [part for part in (run.train_set, run.val_set) if part]
-    counts = [len(getattr(part, "token_ids", part)) for part in sets]
+    counts = [len(part if run.unit == "examples" else part.token_ids) for part in sets]
     sizes = ", ".join(f"{count:,} {run.unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
     log.info("data      %s: %s", config["data"], sizes)
-    if n_cut := sum(getattr(part, "n_cut", 0) for part in sets):
+    if run.unit == "examples" and (n_cut := sum(part.n_cut for part in sets)):
         log.info("          %s are longer than the context: their prompts lose the beginning", f"{n_cut:,}")
     shape = "{n_layers} layers, {n_heads} heads, width {emb_dim}, context {context_length}".format(**config)
     log.info("model     %s parameters: %s", f"{run.model.num_parameters():,}", shape)
