@@ -1018,7 +1018,7 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
     finally:
         for part in parts.values():
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                part.unlink()
 
 
 def safe_load(path: Path, mmap: bool = True) -> dict:
@@ -1113,7 +1113,7 @@ class Run:
 
     KEPT = ("config", "step", "tokens_seen", "best_val_loss", "metrics", "windows_per_step", "data_fingerprint")
 
-    def __init__(self, config: dict, model: GPT2 | None = None):
+    def __init__(self, config: dict, model: GPT2 | None):
         self.config, self.device = config, pick_device(config["device"])
         kind, self.precision = self.device.type, config["precision"]
         if self.precision == "auto":  # half precision pays on CUDA; bf16 has float32's range, but old cards lack it
@@ -1503,10 +1503,10 @@ def prompt_ids(prompt: str) -> Tensor:
     return text_to_token_ids(prompt, tokenizer) if prompt else torch.tensor([[tokenizer.eot_token]])
 
 
-def sample_text(model: GPT2, prompt: str, max_new_tokens: int = 40) -> str:
+def sample_text(model: GPT2, prompt: str) -> str:
     """The prompt and its greedy continuation, to see what a model has learnt."""
     tokenizer = load_tokenizer()
-    ids = generate(model, prompt_ids(prompt), max_new_tokens, eos_id=tokenizer.eot_token)
+    ids = generate(model, prompt_ids(prompt), max_new_tokens=40, eos_id=tokenizer.eot_token)
     return token_ids_to_text(ids, tokenizer).removesuffix("<|endoftext|>")
 
 
