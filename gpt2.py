@@ -503,15 +503,15 @@ def load_hugging_face(folder: Path) -> GPT2:
     config_file, index = folder / "config.json", folder / "model.safetensors.index.json"
     if not config_file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face folder")
-    theirs = {"resid_pdrop": 0.1, **read_json(config_file)}
-    if isinstance(theirs.get("n_embd"), int) and theirs.get("n_inner") == 4 * theirs["n_embd"]:
-        theirs["n_inner"] = None  # two ways to say the same
+    given = {"resid_pdrop": 0.1, **read_json(config_file)}  # the only key with a default here
+    if isinstance(given.get("n_embd"), int) and given.get("n_inner") == 4 * given["n_embd"]:
+        given["n_inner"] = None  # two ways to say the same
     for key, needed in HUGGING_FACE_CONFIG.items():
-        if theirs.get(key, needed) != needed:
-            raise ValueError(f"{config_file}: {key} is {theirs[key]!r}; only {needed!r} is supported")
-    if missing := [key for key in CONFIG_NAMES.values() if key not in theirs]:
+        if given.get(key, needed) != needed:
+            raise ValueError(f"{config_file}: {key} is {given[key]!r}; only {needed!r} is supported")
+    if missing := [key for key in CONFIG_NAMES.values() if key not in given]:
         raise ValueError(f"{config_file} has no {missing[0]}")
-    config = {ours: theirs[key] for ours, key in CONFIG_NAMES.items()} | {"qkv_bias": True}
+    config = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items()} | {"qkv_bias": True}
     check_model_config(config, str(config_file))
     if (folder / "model.safetensors").is_file():
         tensors = read_safetensors(folder / "model.safetensors")
@@ -691,7 +691,7 @@ def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
 class GPTDataset(torch.utils.data.Dataset):
     """Windows over a text's tokens. Item i is (x, y), each (context_length): y is x shifted by one token.
 
-    Windows begin every `stride` tokens, by default where the last one ended. ValueError if there is none.
+    Windows begin every `stride` tokens, by default where the last one ended. ValueError if the text is too short.
     """
 
     def __init__(self, token_ids: Sequence[int] | Tensor, context_length: int, stride: int | None = None):
@@ -1014,7 +1014,7 @@ def write_files(contents: dict[Path, bytes | Callable]) -> None:
             os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError is what torch.save makes of a disk that takes no more
         reason = (error.strerror or error) if isinstance(error, OSError) else "the disk is full or has failed"
-        raise OSError(f"cannot write {path}: {reason}") from error
+        raise OSError(f"cannot write {path}: {reason}") from error  # `path` is where the loops had come to
     finally:
         for part in parts.values():
             with contextlib.suppress(OSError):
@@ -1171,7 +1171,7 @@ class Run:
             for key, value in (item for row in last["metrics"] for item in row.items()):
                 if value is not None:  # a gradient norm that was skipped
                     check_value(str(key), value, -1e300, 1e300)
-            steps = [row["step"] for row in last["metrics"] if row["train_loss"] >= 0]
+            steps = [row["step"] for row in last["metrics"] if row["train_loss"] >= 0]  # KeyError if one has no loss
             if steps != list(range(1, last["step"] + 1)):
                 raise ValueError("its metrics are not those of its steps")
             state = last["optimizer"]["state"]
@@ -1220,8 +1220,8 @@ class Run:
             if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            later = self.world > 1 and i < len(batches) - 1  # exchange gradients once a step, with the last batch
-            with self.network.no_sync() if later else contextlib.nullcontext():
+            wait = self.world > 1 and i < len(batches) - 1  # exchange gradients once a step, with the last batch
+            with self.network.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
                     loss = self.network(x, targets=y) / n_targets
                 # DistributedDataParallel averages over the processes; times their number that is the sum.
@@ -1232,8 +1232,8 @@ class Run:
     def optimizer_step(self) -> dict:
         """One step of AdamW; what it measured. FloatingPointError, and no step, if loss or gradient is not finite."""
         started, step, config = time.perf_counter(), self.step + 1, self.config
-        # Dropout follows from (seed, step, process). A resumed run needs no random state, and nothing that happens
-        # between two steps (an evaluation, a sample, the caller's own work) can change the run.
+        # Dropout follows from seed, step and process, made one number by factors that keep them apart. A resumed run
+        # needs no random state, and nothing between two steps (an evaluation, a sample, the caller) can change the run.
         torch.manual_seed((config["seed"] * 1_000_003 + step) * 1_009 + self.rank)
         rate = learning_rate_at(step, config, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -1361,12 +1361,12 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     folder = Path(out) if out is not None else None
     saves = folder is not None and int(os.environ.get("RANK") or 0) == 0  # one process does
     with only_run_in(folder) if saves else contextlib.nullcontext():
-        config, model, last = plan_run(config or {}, folder, init, resume, overwrite)
+        config, model, checkpoint = plan_run(config or {}, folder, init, resume, overwrite)
         run, saved = Run(config, model), True
-        if last:
-            run.restore(last, folder / "last.pt")
+        if checkpoint:
+            run.restore(checkpoint, folder / "last.pt")
         describe(run, folder)
-        del model, last
+        del model, checkpoint  # what was read is in the run now
         while run.step < run.end:
             row = run.optimizer_step()
             if run.val_set and run.is_due(config["eval_every"]):
@@ -1748,7 +1748,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:  # the last for a loss that is not finite
         message = str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
