@@ -1063,8 +1063,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when the process ends, however it ends. ValueError if taken."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give --out another name")
+    path, is_new = folder / ".lock", not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
     no_link = getattr(os, "O_NOFOLLOW", 0)  # or a link in a stranger's folder could aim at any file
     with open(path, "a+", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | no_link)) as file:
         try:
@@ -1082,6 +1082,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open
                 path.unlink()
+                if is_new:
+                    folder.rmdir()  # works only if it is empty: then nothing was saved
 
 
 def keep_freed_memory() -> None:
