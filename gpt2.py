@@ -49,6 +49,7 @@ import sys
 import time
 import warnings
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -56,9 +57,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import fcntl  # file locks, where the system has them
@@ -133,9 +133,10 @@ def number_of_pieces(outputs: int, threads: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out) -> (..., out): `F.linear`, but faster for few rows on a CPU.
 
-    Generation multiplies one token's vector at a time, and then the time is that of reading the weights, which PyTorch
-    does with one core. Cut into pieces, the product is a batch that all cores share. On two cores and GPT-2's matrices
-    that is 1.7 times as fast for one row, 1.8 times for 8, 1.4 times for 128; from about 500 on nothing is gained.
+    At a first reading, take it for `F.linear`. Generation multiplies one token's vector at a time, and then the time is
+    that of reading the weights, which PyTorch does with one core. Cut into pieces, the product is a batch that all
+    cores share. On two cores and GPT-2's matrices that is 1.7 times as fast for one row, 1.8 times for 8, 1.4 times for
+    128; from about 500 on nothing is gained.
     """
     rows, outputs = x.numel() // x.size(-1), weight.size(0)
     if torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128 or weight.numel() < 100_000:
@@ -173,7 +174,8 @@ class KeyValueCache:
             raise ValueError(f"the cache has room for {self.context_length} tokens, not {end}: start a new one")
         if self.kept is None:
             self.kept = heads.new_empty(*heads.shape[:3], self.context_length, heads.size(4))
-        self.kept[:, :, :, start:end], self.length = heads, end
+        self.kept[:, :, :, start:end] = heads
+        self.length = end
         return self.kept[:, :, :, :end]
 
 
@@ -181,7 +183,8 @@ class MultiHeadAttention(nn.Module):
     """H causal heads at once: one matrix makes all queries, keys and values, another mixes what the heads found.
 
     Equal to H `CausalAttention` heads side by side and a projection. `config` needs `emb_dim`, `n_heads`,
-    `dropout_rate`, `qkv_bias`.  x (B, T, C) -> (B, T, C). With a `KeyValueCache`, x continues what the cache holds.
+    `dropout_rate`, `qkv_bias`.  x (B, T, C) -> (B, T, C). With a `KeyValueCache`, x continues what the cache holds:
+    S tokens are seen then, those of the cache and the T new ones.
     """
 
     def __init__(self, config: dict):
@@ -196,7 +199,7 @@ class MultiHeadAttention(nn.Module):
         heads = self.query_key_value(x).view(batch, tokens, 3, self.n_heads, -1)  # (B, T, 3, H, D)
         heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         queries, new = heads[0], heads[1:]
-        keys, values = new if cache is None else cache.append(new)  # (B, H, S, D) each: S - T from the cache, T new
+        keys, values = new if cache is None else cache.append(new)  # (B, H, S, D) each
         # One rule with and without a cache: query t stands at position S - T + t and sees the keys up to there. A
         # single query sees all of them; without a past (S = T) the kernel has the rule built in; else a mask says it.
         seen, mask = keys.size(2), None
@@ -274,6 +277,7 @@ MODEL_LIMITS = {  # the keys that make a model, with the least and the greatest 
 def check_value(key: str, value, low, high) -> None:
     """ValueError unless `value` has the type of `low` (an int may stand for a float) and is from `low` to `high`."""
     kind = type(low)
+    # For Python, True is an int; here it is none.
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not fits or not low <= value <= high:
         name = {int: "a whole number", float: "a number", bool: "a truth value"}[kind]
@@ -307,7 +311,7 @@ class GPT2(nn.Module):
         self.dropout = nn.Dropout(config["dropout_rate"])
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config["n_layers"]))
         self.final_norm = LayerNorm(config["emb_dim"])
-        self.chunked_loss = False  # see CONFIG
+        self.chunked_loss = False  # a training run sets it; CONFIG says what it costs
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -413,8 +417,8 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
 
 
 def model_without_memory(config: dict) -> GPT2:
-    """A model of shapes only (PyTorch's meta device), to be given its tensors."""
-    # There is nothing to fill, and trying would import PyTorch's compiler: 1.4 s.
+    """A model whose tensors have shapes and no numbers (PyTorch's meta device), to be given them."""
+    # `normal_` does nothing here: there is nothing to fill, and trying would import PyTorch's compiler, 1.4 s.
     with torch.device("meta"), mock.patch.object(nn.init, "normal_"):
         return GPT2(config)
 
@@ -435,8 +439,9 @@ def is_plain(value) -> bool:
 
 def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: str | Path) -> None:
     """ValueError names a tensor that is missing, unknown, not of plain floats, of another shape, or not finite."""
-    for name in sorted(shapes.keys() ^ tensors.keys(), key=str):
-        raise ValueError(f"{source}: the tensor {name} {'is missing' if name in shapes else 'has no place in GPT-2'}")
+    if odd := sorted(shapes.keys() ^ tensors.keys(), key=str):
+        what = "is missing" if odd[0] in shapes else "has no place in GPT-2"
+        raise ValueError(f"{source}: the tensor {odd[0]} {what}")
     for name, tensor in tensors.items():
         if not is_plain(tensor) or not tensor.is_floating_point() or tensor.shape != shapes[name]:
             kind = f"{tensor.dtype}, {tuple(tensor.shape)}" if is_plain(tensor) else f"an odd {type(tensor).__name__}"
@@ -669,18 +674,18 @@ def safe_pieces(path: Path, start: int, stop: int) -> Iterator[str]:
 def tokenize_file(path: Path, start: int, stop: int) -> Tensor:
     """The tokens of characters `start` to `stop` of a file, as uint16: 2 bytes a token."""
     tokenizer, pieces, cores = load_tokenizer(), safe_pieces(path, start, stop), os.cpu_count()
-    tokens, done = [], 0
+    tokens, done = array("H"), 0
     while some := list(itertools.islice(pieces, 2 * cores)):  # two pieces, of a million characters, for each core
         for ids in tokenizer.encode_batch(some, num_threads=cores, allowed_special="all"):
-            tokens.append(torch.tensor(ids, dtype=torch.uint16))
+            tokens.extend(ids)
         done += sum(map(len, some))
         if done < stop - start:
             log.info("tokenising: %.0f %% of %s", 100 * done / (stop - start), path, extra={"live": True})
-    return torch.cat(tokens)
+    return torch.frombuffer(tokens, dtype=torch.uint16) if tokens else torch.empty(0, dtype=torch.uint16)
 
 
 def load_text(path: Path, val_fraction: float = 0.0) -> tuple[Tensor, Tensor]:
-    """A text's tokens to train on and to validate, cut by characters before tokenising. ValueError if it has no text."""
+    """A text's tokens to train on and to validate, cut by characters, then tokenised. ValueError if it has no text."""
     if not any(map(str.strip, read_blocks(path))):
         raise ValueError(f"{path} is empty or only white space: give a text")
     n_chars = sum(map(len, read_blocks(path)))
@@ -866,14 +871,15 @@ LIMITS = MODEL_LIMITS | {  # of keys that may not be anything from zero to a bil
 
 def check_config(config: dict) -> dict:
     """`config` over `CONFIG`. ValueError names a key that is unknown or a value that cannot be."""
-    for key in config.keys() - CONFIG.keys():
-        near = difflib.get_close_matches(str(key), CONFIG, n=1)
-        raise ValueError(f"the config has an unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if unknown := sorted(config.keys() - CONFIG.keys(), key=str):
+        near = difflib.get_close_matches(str(unknown[0]), CONFIG, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"the config has an unknown key {unknown[0]!r}{hint}")
     config = {**CONFIG, **config}
     for key, default in CONFIG.items():
         if not isinstance(default, str):
             kind = type(default)
-            check_value(key, config[key], *LIMITS.get(key, (kind(0), kind(10**9))))  # of a bool: False and True
+            check_value(key, config[key], *LIMITS.get(key, (kind(0), kind(10**9))))  # bool(10**9) is True
         elif not isinstance(config[key], str):
             raise ValueError(f"{key} is {reprlib.repr(config[key])}; it must be a text")
     check_model_config(config)
@@ -888,6 +894,8 @@ def check_config(config: dict) -> dict:
 
 
 # ---- 7. Training: guess every next token, measure the surprise, step downhill; save so that nothing is lost ---------
+# At a first reading, skip from `write_files` to `Run`: what stands between keeps files and runs whole.
+# From below: `sample_text` (section 8).
 
 CHECKPOINT_FORMAT = "gpt2.py 1"
 # What may differ when a run is resumed. The text's contents and the windows of a step are compared by themselves.
@@ -1135,7 +1143,8 @@ class Run:
         self.end = min(self.total_steps, config["max_steps"] or self.total_steps)
         self.step, self.tokens_seen, self.best_val_loss, self.metrics = 0, 0, math.inf, []
         self.epoch, self.order = None, None  # an epoch, and the order of its windows
-        self.best, self.is_new = None, True  # what the next save writes to best.pt; whether nothing is saved yet
+        self.best = None  # what the next save writes to best.pt
+        self.is_new = True  # whether nothing is saved yet
         if kind == "cpu" and hasattr(os, "sysconf"):
             n_weights = config["emb_dim"] * (config["vocab_size"] + 12 * config["n_layers"] * config["emb_dim"])
             need, there = 16 * n_weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -1172,7 +1181,7 @@ class Run:
                 check_value(key, last[key], low, high)
             for key, value in (item for row in last["metrics"] for item in row.items()):
                 if value is not None:  # a gradient norm that was skipped
-                    check_value(str(key), value, -1e300, 1e300)
+                    check_value(str(key), value, -1e300, 1e300)  # any finite number
             steps = [row["step"] for row in last["metrics"] if row["train_loss"] >= 0]  # KeyError if one has no loss
             if steps != list(range(1, last["step"] + 1)):
                 raise ValueError("its metrics are not those of its steps")
@@ -1305,20 +1314,20 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
 
     ValueError if `given` contradicts the checkpoint or the model, or if starting would lose an unfinished run.
     """
-    last = folder / "last.pt" if folder else None
+    last_file = folder / "last.pt" if folder else None
     if resume:
         if init is not None or overwrite:
             raise ValueError("resume continues a run; init and overwrite start one: leave out one of them")
-        if last is None or not last.is_file():
-            raise FileNotFoundError(f"there is no {last} to resume: start a run without --resume")
-        checkpoint = load_checkpoint(last, mmap=False)  # the file will be replaced
+        if last_file is None or not last_file.is_file():
+            raise FileNotFoundError(f"there is no {last_file} to resume: start a run without --resume")
+        checkpoint = load_checkpoint(last_file, mmap=False)  # the file will be replaced
         config = check_config(checkpoint["config"])
         for key in sorted(given.keys() & config.keys() - FREE_TO_CHANGE):
             if given[key] != config[key]:
-                found = f"{last} was trained with {key} {config[key]!r}, which {given[key]!r} contradicts"
-                raise ValueError(f"{found}: leave it out, or start anew with --init {last} and another --out")
-        return check_config(config | given), model_from_tensors(config, checkpoint["model"], last), checkpoint
-    if last and last.is_file() and not overwrite and load_checkpoint(last).get("finished") is False:
+                found = f"{last_file} was trained with {key} {config[key]!r}, which {given[key]!r} contradicts"
+                raise ValueError(f"{found}: leave it out, or start anew with --init {last_file} and another --out")
+        return check_config(config | given), model_from_tensors(config, checkpoint["model"], last_file), checkpoint
+    if last_file and last_file.is_file() and not overwrite and load_checkpoint(last_file).get("finished") is False:
         raise ValueError(f"{folder} holds an unfinished run: give --resume, --overwrite or another --out")
     if init is None:
         return check_config(given), None, None
@@ -1484,7 +1493,7 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: floa
         for _ in range(max_new_tokens):
             if idx.size(1) - start > context:
                 start, cache = idx.size(1) - max(1, context // 2), None
-            unread = idx[:, start:] if cache is None else idx[:, -1:]
+            unread = idx[:, start:] if cache is None else idx[:, -1:]  # by the cache
             cache = cache or (model.new_cache() if use_cache else None)
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
             new = sample_next(logits, temperature, top_k, top_p, generator)  # (B, 1)
