@@ -43,7 +43,6 @@ import random
 import re
 import reprlib
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -372,6 +371,8 @@ class GPT2(nn.Module):
         path = Path(name_or_path)
         if path.is_dir():
             return load_hugging_face(path).eval()
+        if path.suffix == ".safetensors":
+            raise ValueError(f"{path} is part of a Hugging Face folder: give the folder {path.parent}")
         if path.is_file():
             checkpoint = load_checkpoint(path)
             return model_from_tensors(checkpoint["config"], checkpoint["model"], path).eval()
@@ -628,7 +629,8 @@ def load_tokenizer():
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        raise OSError(f"GPT-2's vocabulary is neither in .tiktoken/ beside gpt2.py nor to be had: {error}") from error
+        where = "TIKTOKEN_CACHE_DIR (if not set, .tiktoken/ beside gpt2.py)"
+        raise OSError(f"GPT-2's vocabulary is not in {where}, and no download gave it: {error}") from error
 
 
 def text_to_token_ids(text: str, tokenizer) -> Tensor:
@@ -703,7 +705,7 @@ class GPTDataset(torch.utils.data.Dataset):
         stride = context_length if stride is None else stride
         if context_length < 1 or stride < 1:
             raise ValueError(f"context_length {context_length} and stride {stride} must be at least 1")
-        self.token_ids, self.context_length = torch.as_tensor(token_ids), context_length
+        self.token_ids, self.context_length = torch.as_tensor(token_ids).flatten(), context_length
         self.starts = range(0, len(self.token_ids) - context_length, stride)
         if not self.starts:
             need = f"context_length {context_length} needs {context_length + 1}: lower it, or give more text"
@@ -740,7 +742,7 @@ class GPTDataset(torch.utils.data.Dataset):
 class CompletionDataset(list):
     """Prompts and completions for fine-tuning. Item i is (x, y) of its own length; y is -100 where the prompt is.
 
-    A completion ends with `<|endoftext|>`, so the model learns to stop. The context cuts `n_cut` prompts on the left.
+    A completion ends with `<|endoftext|>`, so the model learns to stop. The context cuts `n_cut` of them on the left.
     """
 
     def __init__(self, examples: Sequence[tuple[str, str]], context_length: int):
@@ -847,7 +849,7 @@ CONFIG = {
     "epochs": 20,  # times through the training data
     "max_steps": 0,  # stop after so many optimizer steps; 0: after the epochs
     "learning_rate": 2e-3,  # the highest, reached by the warm-up
-    "min_learning_rate": 5e-4,  # the lowest, at the end
+    "min_learning_rate": 5e-4,  # the lowest, at the end; if not given, at most a quarter of the highest
     "warmup_steps": 50,  # optimizer steps up to the highest learning rate
     "decay_steps": 0,  # step at which the lowest learning rate is reached; 0: the last of all epochs
     "weight_decay": 0.3,  # AdamW's pull on matrices and embeddings towards zero
@@ -875,7 +877,7 @@ def check_config(config: dict) -> dict:
         near = difflib.get_close_matches(str(unknown[0]), CONFIG, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"the config has an unknown key {unknown[0]!r}{hint}")
-    config = {**CONFIG, **config}
+    given, config = config, {**CONFIG, **config}
     for key, default in CONFIG.items():
         if not isinstance(default, str):
             kind = type(default)
@@ -883,6 +885,8 @@ def check_config(config: dict) -> dict:
         elif not isinstance(config[key], str):
             raise ValueError(f"{key} is {reprlib.repr(config[key])}; it must be a text")
     check_model_config(config)
+    if "min_learning_rate" not in given:
+        config["min_learning_rate"] = min(config["min_learning_rate"], config["learning_rate"] / 4)
     if config["precision"] not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {config['precision']!r}; it must be auto, fp32, bf16 or fp16")
     for low, high in (("stride", "context_length"), ("min_learning_rate", "learning_rate")):
@@ -1050,8 +1054,11 @@ def safe_load(path: Path, mmap: bool = True) -> dict:
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values, whole or not at all. OSError if it cannot be written."""
-    write_files({Path(path): functools.partial(torch.save, checkpoint)})
+    """Write a dict of tensors and plain values, whole or not at all. OSError if it cannot be written.
+
+    `load_checkpoint` and `from_pretrained` need `config` and `model` (weights by name) in it.
+    """
+    write_files({Path(path): functools.partial(torch.save, {"format": CHECKPOINT_FORMAT, **checkpoint})})
 
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
@@ -1197,9 +1204,13 @@ class Run:
         for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
             setattr(self, name, last[name])
         self.is_new = False
+        # A run that `max_steps` stopped was measured once more than one that went on. Forget it, and both are the same.
+        if self.step % (self.config["eval_every"] or self.steps_per_epoch):
+            self.metrics[-1].pop("val_loss", None)
+            self.best_val_loss = min((row["val_loss"] for row in self.metrics if "val_loss" in row), default=math.inf)
         if self.step >= self.end:
-            more = "raise --max_steps" if self.end < self.total_steps else f"start anew with --init {path}"
-            raise ValueError(f"all {self.end} steps of {path} are done: to train on, {more}")
+            more = "raise --max_steps" if self.step < self.total_steps else f"start anew with --init {path}"
+            raise ValueError(f"{path} has done {self.step} steps, all that were asked for: to train on, {more}")
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The batches (x, y) that this process works through in optimizer step 1, 2, …
@@ -1293,6 +1304,7 @@ class Run:
         files[folder / "metrics.jsonl"] = "".join(json.dumps(row) + "\n" for row in self.metrics).encode()
         files[folder / "last.pt"] = functools.partial(torch.save, last)
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             write_files(files)
             if self.is_new:  # remove what the run before left and this save did not write
                 for path in {folder / "best.pt", folder / "loss.png"} - files.keys():
@@ -1319,7 +1331,7 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
         if init is not None or overwrite:
             raise ValueError("resume continues a run; init and overwrite start one: leave out one of them")
         if last_file is None or not last_file.is_file():
-            raise FileNotFoundError(f"there is no {last_file} to resume: start a run without --resume")
+            raise FileNotFoundError(f"there is no {last_file or 'folder'} to resume: start a run without --resume")
         checkpoint = load_checkpoint(last_file, mmap=False)  # the file will be replaced
         config = check_config(checkpoint["config"])
         for key in sorted(given.keys() & config.keys() - FREE_TO_CHANGE):
@@ -1332,7 +1344,7 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
     if init is None:
         return check_config(given), None, None
     model = init if isinstance(init, GPT2) else GPT2.from_pretrained(init)
-    config = check_config(CONFIG | model.config | {"dropout_rate": CONFIG["dropout_rate"]} | given)
+    config = check_config(model.config | {"dropout_rate": CONFIG["dropout_rate"]} | given)
     for key in MODEL_LIMITS.keys() - {"context_length", "dropout_rate"}:
         if config[key] != model.config[key]:
             raise ValueError(f"{key} {config[key]!r} contradicts the model's {model.config[key]!r}: leave it out")
@@ -1348,7 +1360,7 @@ def describe(run: Run, folder: Path | None) -> None:
     sizes = ", ".join(f"{count:,} {run.unit} to {use}" for count, use in zip(counts, ("train on", "validate")))
     log.info("data      %s: %s", config["data"], sizes)
     if run.unit == "examples" and (n_cut := sum(part.n_cut for part in sets)):
-        log.info("          %s are longer than the context: their prompts lose the beginning", f"{n_cut:,}")
+        log.info("          %s are longer than the context and lose their beginning", f"{n_cut:,}")
     shape = "{n_layers} layers, {n_heads} heads, width {emb_dim}, context {context_length}".format(**config)
     log.info("model     %s parameters: %s", f"{run.model.num_parameters():,}", shape)
     log.info("device    %s, %s%s", run.device, run.precision, f", {run.world} processes" if run.world > 1 else "")
@@ -1437,7 +1449,7 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:  # the limit: all on the most probable token
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits.dtype)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that no division overflows
     if top_k is not None and top_k < logits.size(-1):
         highest, where = logits.topk(top_k)  # (B, k) each
         logits = torch.full_like(logits, -math.inf).scatter(1, where, highest)  # exactly k, also among equals
@@ -1455,10 +1467,10 @@ def sample_next(logits: Tensor, temperature: float = 0.0, top_k: int | None = No
     """logits (B, V) -> token ids (B, 1): the most probable at temperature 0, else drawn.
 
     `generator` is one on the CPU, or one for each row, which makes a row's draws the same alone and inside a batch.
-    ValueError if a logit is NaN.
+    ValueError if a logit is NaN or infinite; some may be -inf, which is never drawn.
     """
-    if torch.isnan(logits).any():
-        raise ValueError("the logits are NaN: the model's weights are damaged, or half precision overflowed")
+    if not logits.amax(dim=-1).isfinite().all():  # NaN if one is NaN
+        raise ValueError("the logits are NaN or infinite: the weights are damaged, or half precision overflowed")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     # Drawn on the CPU: the same on every device, and some devices' multinomial misbehaves.
@@ -1486,6 +1498,9 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: floa
         raise ValueError(f"idx has the shape {tuple(idx.shape)}; it must be (batch, tokens), with at least one token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if idx.min() < 0 or idx.max() >= model.config["vocab_size"]:
+        found = f"{idx.min()} to {idx.max()}, where the model knows {model.config['vocab_size']} tokens"
+        raise ValueError(f"idx holds ids from {found}: use the tokenizer that it was trained with")
     context, idx = model.config["context_length"], idx.to(next(model.parameters()).device)
     start, cache = max(0, idx.size(1) - context), None  # the model sees idx[:, start:]
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -1518,7 +1533,7 @@ def sample_text(model: GPT2, prompt: str) -> str:
     """The prompt and its greedy continuation, to see what a model has learnt."""
     tokenizer = load_tokenizer()
     ids = generate(model, prompt_ids(prompt), max_new_tokens=40, eos_id=tokenizer.eot_token)
-    return token_ids_to_text(ids, tokenizer).removesuffix("<|endoftext|>")
+    return token_ids_to_text(ids[:, 0 if prompt else 1 :], tokenizer).removesuffix("<|endoftext|>")
 
 
 # ---- 9. Command line: results go to standard output, progress and notes to standard error ---------------------------
@@ -1547,7 +1562,7 @@ class Notes(logging.Handler):
             self.next_time = now + 10
         start = "\r\x1b[K" if self.open_line else ""
         self.open_line = live and on_terminal
-        width = shutil.get_terminal_size().columns - 1
+        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1 if on_terminal else None
         try:
             print(start + (text[:width] if self.open_line else text + "\n"), end="", file=sys.stderr, flush=True)
         except BrokenPipeError:  # nobody reads on
@@ -1600,6 +1615,8 @@ def run_generate(args: argparse.Namespace) -> None:
     try:  # whatever the terminal's encoding, the bytes are taken for UTF-8
         given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
         prompt = given.decode("utf-8")
+        if args.prompt == "-":  # the line end that `echo` adds is not part of the text
+            prompt = prompt.removesuffix("\n").removesuffix("\r")
     except UnicodeError:
         raise ValueError("the prompt is not UTF-8 text") from None
     ids = prompt_ids(instruction_prompt(prompt) if args.instruct else prompt)
@@ -1635,15 +1652,20 @@ def run_eval(args: argparse.Namespace) -> None:
     path, model, tokenizer, confusion = find_data(args.data), load_model(args), load_tokenizer(), {}
     context = model.config["context_length"]
     stride = max(1, context // 2) if args.stride is None else args.stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"stride {stride} must be from 1 to the model's context, {context}: else tokens are left out")
+    check_value("stride", stride, 1, context)
     if path.suffix.lower() in FINE_TUNING:
         dataset = CompletionDataset(read_examples(path), context)
+        if dataset.n_cut:
+            log.info("%s examples are longer than the context and lose their beginning", f"{dataset.n_cut:,}")
         scored, confusion = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
     else:
         ids, _ = load_text(path)
-        dataset, scored = GPTDataset(ids, min(context, max(1, len(ids) - 1))), ids[1:]
+        if len(ids) < 2:
+            raise ValueError(f"{path} is one token, which leaves none to predict: give more text")
+        dataset, scored = GPTDataset(ids, min(context, len(ids) - 1)), ids[1:]
     loss = evaluate(model, dataset, stride=stride)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}: the model's weights are damaged, or half precision overflowed")
     n_bytes = sum(len(token_bytes(token, tokenizer)) for token in scored.tolist() if token != tokenizer.eot_token)
     bits = loss * len(scored) / math.log(2) / max(n_bytes, 1)
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "tokens": len(scored)}
@@ -1672,7 +1694,10 @@ def load_model(args: argparse.Namespace) -> GPT2:
     if args.model == DEFAULT_MODEL and not Path(args.model).exists():
         ways = "make one with `python gpt2.py train`, or take OpenAI's with `--model gpt2`"
         raise FileNotFoundError(f"there is no {args.model}: {ways}")
-    return GPT2.from_pretrained(args.model).to(pick_device(getattr(args, "device", "cpu")))
+    model = GPT2.from_pretrained(args.model).to(pick_device(getattr(args, "device", "cpu")))
+    if args.command != "export" and (size := model.config["vocab_size"]) < CONFIG["vocab_size"]:
+        raise ValueError(f"{args.model} has a vocabulary of {size} tokens, GPT-2's tokenizer one of 50257: use another")
+    return model
 
 
 class Parser(argparse.ArgumentParser):
@@ -1738,7 +1763,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
     args = make_parser().parse_args(arguments)
     notes, status = Notes(), 2
     if int(os.environ.get("RANK") or 0) == 0:
@@ -1771,7 +1797,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
     finally:
         log.removeHandler(notes)
-    print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nowhere to say it
+        print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status
 
 

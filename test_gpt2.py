@@ -112,7 +112,7 @@ def some_ids(*shape, vocab=61, seed=1):
 
 
 def save_model(model, path):
-    gpt2.save_checkpoint(path, {"format": "gpt2.py 1", "config": model.config, "model": model.state_dict()})
+    gpt2.save_checkpoint(path, {"config": model.config, "model": model.state_dict()})
     return path
 
 
@@ -686,6 +686,12 @@ def test_the_learning_rate_rises_in_a_line_falls_in_half_a_cosine_and_stays(step
     assert gpt2.learning_rate_at(step, SCHEDULE, 110) == pytest.approx(rate)
 
 
+def test_a_low_learning_rate_lowers_the_lowest():
+    """`--learning_rate 1e-4` alone is what fine-tuning asks for."""
+    lowest = [gpt2.check_config(given)["min_learning_rate"] for given in ({}, {"learning_rate": 1e-4})]
+    assert lowest == [gpt2.CONFIG["min_learning_rate"], 2.5e-5]
+
+
 def test_the_learning_rate_at_odd_corners():
     at = gpt2.learning_rate_at
     quarter = 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2
@@ -757,6 +763,11 @@ def test_evaluate_scores_each_token_once_with_enough_context(stride, length):
         total -= torch.log_softmax(model(ids[None, begin:t])[0, -1], dim=-1)[ids[t]].item()
     loss = gpt2.evaluate(model, gpt2.GPTDataset(ids, 8), stride=stride)
     assert loss == pytest.approx(total / (length - 1), rel=1e-5)
+
+
+def test_a_dataset_takes_what_text_to_token_ids_gives(tokenizer):
+    ids = gpt2.text_to_token_ids("one and two and three", tokenizer)
+    assert torch.equal(gpt2.GPTDataset(ids, 2)[1][0], ids[0, 2:4])
 
 
 def test_scoring_windows_hold_each_target_once():
@@ -865,8 +876,9 @@ def test_a_run_closed_and_resumed_is_the_run(whole, config, tmp_path, step):
     assert_same_run(tmp_path, whole)
 
 
-def test_six_and_six_steps_are_twelve(whole, config, tmp_path):
-    list(gpt2.train({**config, "max_steps": 6}, out=tmp_path))
+@pytest.mark.parametrize("step", [4, 6, 11])  # a stop within an epoch is measured, and forgotten on going on
+def test_some_steps_and_the_others_are_the_whole(whole, config, tmp_path, step):
+    assert "val_loss" in list(gpt2.train({**config, "max_steps": step}, out=tmp_path))[-1]
     list(gpt2.train({"max_steps": 12}, out=tmp_path, resume=True))
     assert_same_run(tmp_path, whole)
 
@@ -982,7 +994,7 @@ def test_resume_wants_the_same_text_and_windows_a_step(config, tmp_path):
 
 
 def test_a_finished_run_is_not_resumed_and_a_missing_one_neither(whole, tmp_path):
-    with pytest.raises(ValueError, match="all 12 steps .* done"):
+    with pytest.raises(ValueError, match="has done 12 steps.* --init"):
         next(gpt2.train(out=whole, resume=True))
     with pytest.raises(FileNotFoundError, match="to resume"):
         next(gpt2.train(out=tmp_path, resume=True))
@@ -1115,12 +1127,21 @@ def test_a_full_disk_keeps_the_last_save(small_disk, config, caplog):
     assert gpt2.load_checkpoint(small_disk / "last.pt")["step"] == 1 and not list(small_disk.glob("*.part"))
 
 
-def test_a_folder_that_vanishes_is_one_clear_error_at_the_end(config, tmp_path, caplog):
+def test_a_folder_that_vanishes_is_made_again(config, tmp_path, caplog):
+    run = gpt2.train({**config, "max_steps": 2, "checkpoint_every": 1}, out=tmp_path / "run")
+    next(run)
+    shutil.rmtree(tmp_path / "run")
+    assert [row["step"] for row in run] == [2] and not caplog.text.count("not saved")
+    assert gpt2.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+
+
+def test_a_folder_that_is_gone_for_good_is_one_clear_error_at_the_end(config, tmp_path, caplog):
     run = gpt2.train({**config, "max_steps": 3, "checkpoint_every": 1}, out=tmp_path / "run")
     next(run)
     shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file", encoding="utf-8")
     next(run)
-    assert "step 2 was not saved: cannot write" in caplog.text and "No such file" in caplog.text
+    assert "step 2 was not saved: " in caplog.text and "File exists" in caplog.text
     next(run)
     with pytest.raises(OSError, match="step 3, the last, could not be saved"):
         next(run)
@@ -1313,7 +1334,7 @@ def test_the_end_of_text_stops_a_row_and_fills_it():
 @pytest.mark.parametrize(
     "change", [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": 0},
     {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"max_new_tokens": -1}, {"idx": torch.zeros(3,
-    dtype=torch.long)}, {"idx": torch.zeros(1, 0, dtype=torch.long)}], )  # fmt: skip
+    dtype=torch.long)}, {"idx": torch.zeros(1, 0, dtype=torch.long)}, {"idx": torch.tensor([[61]])}, {"idx": torch.tensor([[3, -1]])}], )  # fmt: skip
 def test_arguments_of_generate_that_make_no_sense_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         gpt2.generate(lively(TINY), **{"idx": some_ids(1, 3), "max_new_tokens": 2, **change})
@@ -1324,12 +1345,21 @@ def test_a_generator_too_few_is_an_error():
         gpt2.sample_next(torch.zeros(3, 9), temperature=1.0, generator=[torch.Generator()])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_an_error(temperature):
+def test_logits_that_are_no_numbers_are_an_error(temperature, value):
     model = lively(TINY)
-    model.final_norm.bias.data.fill_(math.nan)
+    model.final_norm.bias.data.fill_(value)
     with pytest.raises(ValueError, match="NaN"):
         gpt2.generate(model, some_ids(1, 3), 2, temperature=temperature)
+
+
+def test_logits_may_be_large_and_some_minus_infinity():
+    logits = torch.tensor([[1e38, 0.0, -math.inf]])
+    for temperature in (0.0, 1e-4, 1.0):
+        assert gpt2.sample_next(logits, temperature).item() == 0
+    with pytest.raises(ValueError, match="infinite"):
+        gpt2.sample_next(torch.full((1, 3), -math.inf), 1.0)
 
 
 def test_a_long_prompt_is_cropped_to_its_end():
@@ -1755,6 +1785,10 @@ def shelf(tmp_path_factory):
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    save_model(gpt2.GPT2({**TRAINABLE, "vocab_size": 50}), folder / "small.pt")
+    loud = lively(TRAINABLE)
+    loud.final_norm.weight.data.fill_(1e38)
+    save_model(loud, folder / "loud.pt")
     torch.save({"format": "gpt2.py 1", "config": {}, "model": Trap()}, folder / "zipped_trap.pt")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"weights": torch.zeros(3)}, folder / "other.pt")
@@ -1815,7 +1849,7 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("train --dropout_rate nan", "dropout_rate"), ("train --batch_size 0", "batch_size"),
     ("train --grad_accumulation 0", "grad_accumulation"), ("train --epochs 0", "epochs"),
     ("train --max_steps -1", "max_steps"), ("train --learning_rate 0", "learning_rate"),
-    ("train --learning_rate inf", "learning_rate"), ("train --learning_rate 1e-5", "min_learning_rate"),
+    ("train --learning_rate inf", "learning_rate"), ("train --learning_rate 1e-5 --min_learning_rate 1e-4", "is above"),
     ("train --min_learning_rate -1", "min_learning_rate"), ("train --warmup_steps -1", "warmup_steps"),
     ("train --decay_steps -1", "decay_steps"), ("train --weight_decay -1", "weight_decay"),
     ("train --grad_clip -1", "grad_clip"), ("train --grad_clip nan", "grad_clip"),
@@ -1870,9 +1904,12 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("generate --model good.pt --seed -1", "seed"), ("generate --model good.pt --device nosuch", "nosuch"),
     ("generate --model good.pt --device meta", "meta"), ("generate --model good.pt --seed x", "seed"),
     ("eval", "python gpt2.py train"), ("eval --model good.pt --data missing.txt", "missing.txt"),
-    ("eval --model good.pt --stride 0", "stride"), ("eval --model good.pt --stride 9", "stride 9"),
+    ("eval --model good.pt --stride 0", "stride"), ("eval --model good.pt --stride 9", "from 1 to 8"),
+    ("eval --model small.pt --data short.txt", "vocabulary of 50"), ("generate --model small.pt", "vocabulary of 50"),
+    ("eval --model loud.pt --data short.txt", "the loss is"),
+    ("generate --model hf_cut/model.safetensors", "give the folder hf_cut"),
     ("eval --model good.pt --data empty.txt", "empty.txt"),
-    ("eval --model good.pt --data one.txt", "1 token"),
+    ("eval --model good.pt --data one.txt", "one token"),
     ("eval --model good.pt --data latin1.txt", "not UTF-8"),
     ("eval --model good.pt --data broken.jsonl", "line 2"), ("eval --model cut.pt", "cut.pt"),
     ("eval --model good.pt --device nosuch", "nosuch"), ("export", "FOLDER"),
@@ -2076,7 +2113,30 @@ def test_generate_continues_the_prompt_greedily(at_shelf, tokenizer):
 def test_a_dash_reads_the_prompt_from_standard_input(at_shelf, monkeypatch):
     options = ["--model", "good.pt", "--max_tokens", 5]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Once\nupön".encode()), encoding="latin-1"))
-    assert at_shelf("generate", "-", *options).out == at_shelf("generate", "Once\nupön", *options).out
+    out = at_shelf("generate", "-", *options).out
+    assert out == at_shelf("generate", "Once\nupön", *options).out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Once\nupön\r\n".encode())))
+    assert at_shelf("generate", "-", *options).out == out  # as echo sends it
+
+
+def test_output_may_go_to_a_stream_of_a_notebook(at_shelf, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert gpt2.main(["generate", "Once", "--model", "good.pt", "--max_tokens", "1"]) == 0
+    assert sys.stdout.getvalue().startswith("Once")
+
+
+def test_eval_says_how_many_examples_are_cut(at_shelf):
+    row = json.dumps({"prompt": "a b c", "completion": " d e f g h i j k"})
+    Path("long.jsonl").write_text(row + "\n" + row.replace(" b c", ""), encoding="utf-8")
+    assert "2 examples are longer than the context" in at_shelf(
+        "eval", "--model", "good.pt", "--data", "long.jsonl"
+    ).err
+    Path("long.jsonl").unlink()
+
+
+def test_a_sample_without_a_prompt_is_text_only():
+    model = lively(TRAINABLE)
+    assert not gpt2.sample_text(model, "").startswith("<|endoftext|>")
 
 
 def test_an_empty_prompt_starts_a_text(at_shelf, tokenizer):
