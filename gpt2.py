@@ -1644,8 +1644,10 @@ def run_generate(args: argparse.Namespace) -> None:
             write(decoder.decode(token_bytes(new.item(), tokenizer)))
 
     write(start)
-    write_on(on_token=on_token)
-    write(decoder.decode(b"", final=True) + "\n")
+    try:
+        write_on(on_token=on_token)
+    finally:  # an error, too, stands on a line of its own
+        write(decoder.decode(b"", final=True) + "\n")
 
 
 def run_eval(args: argparse.Namespace) -> None:

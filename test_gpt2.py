@@ -2119,6 +2119,11 @@ def test_a_dash_reads_the_prompt_from_standard_input(at_shelf, monkeypatch):
     assert at_shelf("generate", "-", *options).out == out  # as echo sends it
 
 
+def test_an_error_while_writing_stands_on_a_line_of_its_own(at_shelf):
+    result = at_shelf("generate", "Once", "--model", "loud.pt")
+    assert (result.code, result.out) == (2, "Once\n") and "NaN or infinite" in result.err
+
+
 def test_output_may_go_to_a_stream_of_a_notebook(at_shelf, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert gpt2.main(["generate", "Once", "--model", "good.pt", "--max_tokens", "1"]) == 0
