@@ -348,7 +348,7 @@ class GPT2(nn.Module):
         if targets is None:
             return linear(x, head)  # (B, T, V)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T)
-        if self.chunked_loss:
+        if self.chunked_loss:  # autocast does not reach into it: products and loss stay in float32 at any precision
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="compact")
             return F.linear_cross_entropy(x, head, targets, reduction="sum", options=options)
         return F.cross_entropy(linear(x, head), targets, reduction="sum")
@@ -1195,7 +1195,7 @@ class Run:
             state = last["optimizer"]["state"]
             for i, parameter in enumerate(parameters):  # AdamW believes what it gets, and would write past its end
                 shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-                check_tensors(state[i], shapes, f"AdamW's state of parameter {i}")
+                check_tensors(state.get(i, {}), shapes, f"AdamW's state of parameter {i}")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
             if last["scaler"]:  # one that was off has no state
                 self.scaler.load_state_dict(last["scaler"])
@@ -1339,8 +1339,13 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
                 found = f"{last_file} was trained with {key} {config[key]!r}, which {given[key]!r} contradicts"
                 raise ValueError(f"{found}: leave it out, or start anew with --init {last_file} and another --out")
         return check_config(config | given), model_from_tensors(config, checkpoint["model"], last_file), checkpoint
-    if last_file and last_file.is_file() and not overwrite and load_checkpoint(last_file).get("finished") is False:
-        raise ValueError(f"{folder} holds an unfinished run: give --resume, --overwrite or another --out")
+    if last_file and last_file.is_file() and not overwrite:
+        try:
+            unfinished = load_checkpoint(last_file).get("finished") is False
+        except ValueError as error:
+            raise ValueError(f"{error}; give --overwrite to replace it, or another --out") from error
+        if unfinished:
+            raise ValueError(f"{folder} holds an unfinished run: give --resume, --overwrite or another --out")
     if init is None:
         return check_config(given), None, None
     model = init if isinstance(init, GPT2) else GPT2.from_pretrained(init)

@@ -6,9 +6,7 @@ whether a model is good. References are written out with loops: slow, and hard t
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # for models this small threads only wait; and every process sums in one order
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # for models this small threads only wait; and every process sums in one order
 
 import ast
 import errno
@@ -43,22 +41,11 @@ import gpt2
 HERE = Path(__file__).resolve().parent
 VERDICT = (HERE / "the-verdict.txt").read_text(encoding="utf-8")
 PROGRAM = str(HERE / "gpt2.py")
-TINY = {
-    "vocab_size": 61,
-    "context_length": 8,
-    "emb_dim": 12,
-    "n_heads": 3,
-    "n_layers": 2,
-    "dropout_rate": 0.0,
-}
-TINY["qkv_bias"] = True
+TINY = {"vocab_size": 61, "context_length": 8, "emb_dim": 12, "n_heads": 3, "n_layers": 2, "dropout_rate": 0.0,
+        "qkv_bias": True}  # fmt: skip
 TRAINABLE = {**TINY, "vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1}  # speaks GPT-2's tokens
-RECIPE = {
-    "stride": 8,
-    "learning_rate": 1e-3,
-    "min_learning_rate": 1e-4,
-    "warmup_steps": 2,
-}  # not CONFIG's: that may change
+# Not CONFIG's: that may change.
+RECIPE = {"stride": 8, "learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 2}
 SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
 pytestmark = pytest.mark.filterwarnings("error")  # nothing here may warn
 
@@ -142,9 +129,7 @@ def assert_same_run(folder, reference):
     assert numbers(metrics_of(folder)) == numbers(metrics_of(reference))
     last, expected = (gpt2.load_checkpoint(path / "last.pt") for path in (folder, reference))
     assert last["step"] == expected["step"] and last["finished"] and expected["finished"]
-    assert same_state(last["model"], expected["model"]) and same_state(
-        last["optimizer"], expected["optimizer"]
-    )
+    assert same_state(last["model"], expected["model"]) and same_state(last["optimizer"], expected["optimizer"])
     best, expected = (gpt2.load_checkpoint(path / "best.pt") for path in (folder, reference))
     assert best["step"] == expected["step"] and same_state(best["model"], expected["model"])
 
@@ -162,9 +147,7 @@ def words(config):
     """A config as command line options."""
     out = []
     for key, value in config.items():
-        out += (
-            [f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
-        )
+        out += [f"--{key}" if value else f"--no-{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
     return out
 
 
@@ -203,10 +186,7 @@ def config(text):
 def examples(tmp_path_factory):
     """Fine-tuning data of unequal lengths."""
     path = tmp_path_factory.mktemp("examples") / "examples.jsonl"
-    pairs = [
-        (f"{'very ' * (i % 4)}good {i}", " ham") if i % 2 else (f"win {i}" * (i % 3), " spam")
-        for i in range(15)
-    ]
+    pairs = [(f"{'very ' * (i % 4)}good {i}", " ham") if i % 2 else (f"win {i}" * (i % 3), " spam") for i in range(15)]
     lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -290,9 +270,7 @@ def test_attention_dropout_acts_in_training_only():
 
 
 def test_attention_without_bias_has_none():
-    assert (
-        gpt2.SelfAttention(6, 4).query.bias is None and gpt2.CausalAttention(6, 4, 5, 0.0).value.bias is None
-    )
+    assert gpt2.SelfAttention(6, 4).query.bias is None and gpt2.CausalAttention(6, 4, 5, 0.0).value.bias is None
     assert gpt2.MultiHeadAttention({**TINY, "qkv_bias": False}).query_key_value.bias is None
 
 
@@ -307,9 +285,7 @@ def test_multi_head_attention_is_single_heads_side_by_side_and_a_projection():
             layer.weight.data, layer.bias.data = w[4 * h : 4 * h + 4].detach(), b[4 * h : 4 * h + 4].detach()
         heads.append(head(x))
     side_by_side = torch.cat(heads, dim=-1)
-    assert torch.allclose(
-        many(x), F.linear(side_by_side, many.projection.weight, many.projection.bias), atol=1e-6
-    )
+    assert torch.allclose(many(x), F.linear(side_by_side, many.projection.weight, many.projection.bias), atol=1e-6)
 
 
 def test_layer_norm_is_that_of_torch_and_the_formula():
@@ -320,9 +296,7 @@ def test_layer_norm_is_that_of_torch_and_the_formula():
     theirs.load_state_dict(ours.state_dict())
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
-    assert torch.allclose(
-        ours(x), ours.weight * (x - mean) / torch.sqrt(variance + 1e-5) + ours.bias, atol=1e-5
-    )
+    assert torch.allclose(ours(x), ours.weight * (x - mean) / torch.sqrt(variance + 1e-5) + ours.bias, atol=1e-5)
 
 
 def test_layer_norm_puts_epsilon_inside_the_root():
@@ -386,9 +360,7 @@ def test_parameter_count_of_the_openai_sizes(name, count):
 @pytest.mark.parametrize("width", [128, 512])
 def test_untrained_loss_is_that_of_guessing_and_the_spread_of_the_logits(width):
     torch.manual_seed(0)
-    model = gpt2.GPT2(
-        {**TINY, "vocab_size": 50257, "emb_dim": width, "n_heads": 4, "context_length": 64}
-    ).eval()
+    model = gpt2.GPT2({**TINY, "vocab_size": 50257, "emb_dim": width, "n_heads": 4, "context_length": 64}).eval()
     with torch.no_grad():
         loss = model(some_ids(8, 64, vocab=50257), targets=some_ids(8, 64, vocab=50257, seed=2)) / 512
     assert float(loss) == pytest.approx(math.log(50257) + 0.5 * 0.02**2 * width, abs=0.02)
@@ -396,9 +368,7 @@ def test_untrained_loss_is_that_of_guessing_and_the_spread_of_the_logits(width):
 
 def test_initial_weights_have_the_stated_spread():
     torch.manual_seed(0)
-    model = gpt2.GPT2(
-        {**TINY, "vocab_size": 500, "emb_dim": 64, "n_heads": 4, "n_layers": 8, "context_length": 100}
-    )
+    model = gpt2.GPT2({**TINY, "vocab_size": 500, "emb_dim": 64, "n_heads": 4, "n_layers": 8, "context_length": 100})
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -437,6 +407,15 @@ def test_with_targets_the_model_gives_the_summed_loss(chunked):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert model.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_the_chunked_loss_is_not_rounded_in_half_precision():
+    model, ids = lively(TINY), some_ids(2, 8)
+    model.chunked_loss = True
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, targets=ids)
+    model.chunked_loss = False
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(model(ids, targets=ids).item(), rel=0.02)
 
 
 def test_more_tokens_than_the_context_are_refused():
@@ -519,9 +498,7 @@ def test_the_split_is_by_characters(tokenizer):
     assert len(train_set.token_ids) + len(val_set.token_ids) == pytest.approx(5145, abs=2)
 
 
-@pytest.mark.parametrize(
-    "stride, starts", [(None, [0, 4, 8]), (1, range(12)), (3, [0, 3, 6, 9]), (9, [0, 9])]
-)
+@pytest.mark.parametrize("stride, starts", [(None, [0, 4, 8]), (1, range(12)), (3, [0, 3, 6, 9]), (9, [0, 9])])
 def test_windows_begin_every_stride_and_targets_are_one_ahead(stride, starts):
     dataset = gpt2.GPTDataset(list(range(100, 116)), 4, stride)
     assert len(dataset) == len(starts)
@@ -544,13 +521,7 @@ def test_windows_without_length_or_stride_are_refused(context, stride):
 
 def tokens_of(path, val_fraction=0.0):
     """A text's tokens as training gets them: (to train on, to validate)."""
-    config = {
-        **gpt2.CONFIG,
-        "data": str(path),
-        "val_fraction": val_fraction,
-        "context_length": 1,
-        "stride": 0,
-    }
+    config = {**gpt2.CONFIG, "data": str(path), "val_fraction": val_fraction, "context_length": 1, "stride": 0}
     return [part and part.token_ids.tolist() for part in gpt2.load_data(config)]
 
 
@@ -587,6 +558,15 @@ def test_a_text_of_several_blocks_is_tokenised_as_a_whole(tmp_path, tokenizer):
     cut = int(len(text) * 0.7)
     assert first == tokenizer.encode(text[:cut], allowed_special="all")
     assert second == tokenizer.encode(text[cut:], allowed_special="all")
+
+
+def test_a_text_of_several_rounds_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (tmp_path / "long.txt").write_text("a line of text\n" * 180_000, encoding="utf-8")
+    with caplog.at_level(logging.INFO, "gpt2"):
+        ids, _ = gpt2.load_text(tmp_path / "long.txt")
+    assert len(ids) == 5 * 180_000
+    assert [record.getMessage()[:16] for record in caplog.records] == ["tokenising: 78 %"]
 
 
 @pytest.mark.parametrize("before", ["", "one\r\ntwo\nthr", "\ufeffé" * 5, "a" * 8191 + "é", "🎈" * 20_000])
@@ -679,9 +659,7 @@ def test_examples_are_shuffled_before_the_split(examples):
 SCHEDULE = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10, "decay_steps": 0}
 
 
-@pytest.mark.parametrize(
-    "step, rate", [(1, 0.1), (5, 0.5), (10, 1.0), (60, 0.55), (110, 0.1), (111, 0.1), (1000, 0.1)]
-)
+@pytest.mark.parametrize("step, rate", [(1, 0.1), (5, 0.5), (10, 1.0), (60, 0.55), (110, 0.1), (111, 0.1), (1000, 0.1)])
 def test_the_learning_rate_rises_in_a_line_falls_in_half_a_cosine_and_stays(step, rate):
     assert gpt2.learning_rate_at(step, SCHEDULE, 110) == pytest.approx(rate)
 
@@ -733,9 +711,7 @@ def first_moments(folder):
 
 
 @pytest.mark.parametrize("clip, used", [(0.0, None), (0.01, 0.01), (1e6, None)])
-def test_grad_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_gradient(
-    tmp_path, config, clip, used
-):
+def test_grad_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_gradient(tmp_path, config, clip, used):
     row = next(gpt2.train({**config, "grad_clip": clip, "max_steps": 1}, out=tmp_path))
     free = next(gpt2.train({**config, "grad_clip": 0.0, "max_steps": 1}, out=None))
     assert row["grad_norm"] == free["grad_norm"] > 0.05
@@ -806,9 +782,7 @@ def test_padding_changes_no_loss(tokenizer, examples):
     assert len({len(x) for x, _ in dataset}) > 2
     alone = [(model(x[None], targets=y[None]).item(), int((y != -100).sum())) for x, y in dataset]
     together = gpt2.evaluate(model, dataset)
-    assert together == pytest.approx(
-        sum(loss for loss, _ in alone) / sum(count for _, count in alone), rel=1e-5
-    )
+    assert together == pytest.approx(sum(loss for loss, _ in alone) / sum(count for _, count in alone), rel=1e-5)
     x, y = gpt2.collate([dataset[i] for i in range(len(dataset))])
     assert model(x, targets=y).item() == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
 
@@ -817,24 +791,29 @@ def test_padding_changes_no_loss(tokenizer, examples):
 
 
 def test_a_run_leaves_its_four_files(whole, config):
-    assert sorted(path.name for path in whole.iterdir()) == [
-        "best.pt",
-        "last.pt",
-        "loss.png",
-        "metrics.jsonl",
-    ]
+    assert sorted(path.name for path in whole.iterdir()) == ["best.pt", "last.pt", "loss.png", "metrics.jsonl"]
     rows = metrics_of(whole)
     keys = {"step", "epoch", "tokens_seen", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(row.keys() - {"val_loss"} == keys for row in rows)
     assert [row["step"] for row in rows if "val_loss" in row] == [6, 12]
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     best = torch.load(whole / "best.pt", weights_only=True)
     model = gpt2.GPT2.from_pretrained(whole / "best.pt")
     _, val_set = gpt2.load_data({**gpt2.CONFIG, **config})
     lowest = min(row["val_loss"] for row in rows if "val_loss" in row)
     assert gpt2.evaluate(model, val_set) == pytest.approx(lowest, rel=1e-6) and not model.training
     assert best["config"] == {**gpt2.CONFIG, **config} and "optimizer" not in best
+
+
+def test_the_picture_shows_both_losses_and_their_names(whole):
+    def drawn(metrics):
+        file = io.BytesIO()
+        gpt2.plot_losses(metrics, file)
+        return file.getvalue()
+
+    rows = metrics_of(whole)
+    assert (whole / "loss.png").read_bytes() == drawn(rows) and drawn(rows).startswith(b"\x89PNG")
+    assert drawn(rows) != drawn(numbers(rows, ["val_loss"])) != drawn(numbers(rows[:-1], ["val_loss"]))
 
 
 def test_every_window_is_used_once_an_epoch(whole, config):
@@ -848,9 +827,8 @@ def test_every_window_is_used_once_an_epoch(whole, config):
 
 def test_a_seed_settles_a_run(whole, config):
     run = gpt2.train(config, out=None)
-    rows = [
-        row for row in run if torch.rand(1) is not None
-    ]  # what the caller draws between steps changes nothing
+    rows = [row for row in run if torch.rand(1) is not None]  # what the caller draws between steps changes nothing
+    assert [row["step"] for row in rows if "sample" in row] == [6, 12] and {row["total_steps"] for row in rows} == {12}
     assert numbers(rows) == numbers(metrics_of(whole))
     other = next(gpt2.train({**config, "seed": 7}, out=None))
     assert other["train_loss"] != rows[0]["train_loss"]
@@ -1000,6 +978,12 @@ def test_a_finished_run_is_not_resumed_and_a_missing_one_neither(whole, tmp_path
         next(gpt2.train(out=tmp_path, resume=True))
 
 
+def test_a_run_that_reached_its_max_steps_says_to_raise_them(config, tmp_path):
+    list(gpt2.train({**config, "max_steps": 2}, out=tmp_path))
+    with pytest.raises(ValueError, match="has done 2 steps.* raise --max_steps"):
+        next(gpt2.train(out=tmp_path, resume=True))
+
+
 def test_an_unfinished_run_is_not_replaced_without_overwrite(config, tmp_path):
     train_until(2, config, tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
@@ -1018,9 +1002,7 @@ def test_a_finished_run_is_replaced_at_the_first_save_only(whole, config, tmp_pa
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
     next(run)
     assert gpt2.load_checkpoint(folder / "last.pt")["step"] == 3 and len(metrics_of(folder)) == 3
-    assert (
-        not (folder / "best.pt").exists() and not (folder / "loss.png").exists()
-    )  # those were the old run's
+    assert not (folder / "best.pt").exists() and not (folder / "loss.png").exists()  # those were the old run's
     run.close()
 
 
@@ -1053,12 +1035,7 @@ def test_killed_at_any_moment_a_run_can_be_resumed_to_the_same_end(long_whole, l
     if not gpt2.load_checkpoint(folder / "last.pt")["finished"]:
         list(gpt2.train(out=folder, resume=True))
     assert_same_run(folder, long_whole)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt",
-        "last.pt",
-        "loss.png",
-        "metrics.jsonl",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt", "loss.png", "metrics.jsonl"]
 
 
 class FailingDisk:
@@ -1172,9 +1149,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_save(config, tmp_pa
         model.final_norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="step [23].* nan .*learning rate 0.000978"):
         next(run)
-    assert (tmp_path / "last.pt").read_bytes() == before and gpt2.load_checkpoint(tmp_path / "last.pt")[
-        "step"
-    ] == 2
+    assert (tmp_path / "last.pt").read_bytes() == before and gpt2.load_checkpoint(tmp_path / "last.pt")["step"] == 2
 
 
 def torchrun(*words):
@@ -1229,9 +1204,7 @@ def test_training_starts_from_a_model(whole, config, tmp_path):
     first, same = (next(gpt2.train(config, out=None, init=init)) for init in (whole / "last.pt", model))
     assert numbers([first]) == numbers([same])
     assert first["train_loss"] < metrics_of(whole)[0]["train_loss"]
-    train_until(
-        1, {**config, "learning_rate": 1e-9, "min_learning_rate": 0.0}, tmp_path, init=whole / "last.pt"
-    )
+    train_until(1, {**config, "learning_rate": 1e-9, "min_learning_rate": 0.0}, tmp_path, init=whole / "last.pt")
     start, moved = gpt2.load_checkpoint(whole / "last.pt"), gpt2.load_checkpoint(tmp_path / "last.pt")
     assert moved["config"]["context_length"] == 5 and moved["config"]["dropout_rate"] == 0.0
     for name, tensor in moved["model"].items():
@@ -1277,9 +1250,7 @@ def written_out_distribution(logits, temperature, top_k, top_p):
 def test_the_distribution_is_the_written_out_one(temperature, top_k, top_p):
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)) * 2
     ours = gpt2.next_token_probabilities(logits, temperature, top_k, top_p)
-    expected = torch.tensor(
-        [written_out_distribution(row, temperature, top_k, top_p) for row in logits.tolist()]
-    )
+    expected = torch.tensor([written_out_distribution(row, temperature, top_k, top_p) for row in logits.tolist()])
     assert torch.allclose(ours, expected, atol=1e-6)
 
 
@@ -1294,9 +1265,7 @@ def test_draws_follow_the_distribution_and_the_generator():
     share = torch.bincount(drawn.flatten(), minlength=4) / 4000
     assert drawn.shape == (4000, 1) and share[3] == 0
     assert torch.allclose(share, gpt2.next_token_probabilities(logits, 0.8, 3)[0], atol=0.03)
-    assert torch.equal(
-        drawn, gpt2.sample_next(logits.expand(4000, 4), 0.8, 3, None, generator.manual_seed(0))
-    )
+    assert torch.equal(drawn, gpt2.sample_next(logits.expand(4000, 4), 0.8, 3, None, generator.manual_seed(0)))
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch():
@@ -1396,13 +1365,7 @@ def test_no_new_token_gives_the_prompt():
 
 # --- 8. pretrained ------------------------------------------------------------------------------------------
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I64": torch.int64}
 
 
 def write_safetensors(path, tensors, edit=lambda header: None):
@@ -1411,11 +1374,7 @@ def write_safetensors(path, tensors, edit=lambda header: None):
     for name, tensor in tensors.items():
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         dtype = next(key for key, value in DTYPES.items() if value == tensor.dtype)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [len(data), len(data) + len(raw)],
-        }
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     edit(header)
     text = json.dumps(header).encode()
@@ -1452,9 +1411,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "folder"
     model = lively(TINY)
     model.save_pretrained(folder)
-    tensors = {
-        name: tensor.clone() for name, tensor in gpt2.read_safetensors(folder / "model.safetensors").items()
-    }
+    tensors = {name: tensor.clone() for name, tensor in gpt2.read_safetensors(folder / "model.safetensors").items()}
     return SimpleNamespace(model=model, folder=folder, tensors=tensors)
 
 
@@ -1485,9 +1442,7 @@ def test_export_writes_these_files_and_nothing_else(exported):
     tokenizer = json.loads((exported.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert tokenizer["tokenizer_class"] == "GPT2Tokenizer" and tokenizer["model_max_length"] == 8
     kept = {hashlib.sha256(path.read_bytes()).digest() for path in (HERE / ".tiktoken").iterdir()}
-    assert {
-        hashlib.sha256((exported.folder / name).read_bytes()).digest() for name in names[1::3] + [names[4]]
-    } >= kept
+    assert {hashlib.sha256((exported.folder / name).read_bytes()).digest() for name in names[1::3] + [names[4]]} >= kept
 
 
 def as_safetensors(folder, tensors):
@@ -1501,9 +1456,7 @@ def as_shards(folder, tensors):
     for shard, part in shards.items():
         write_safetensors(folder / shard, {name: tensors[name] for name in part})
     weight_map = {name: shard for shard, part in shards.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def as_pytorch(folder, tensors):
@@ -1527,9 +1480,7 @@ def test_a_hugging_face_folder_of_each_kind_is_read(exported, folder, write, sty
     write(folder, tensors)
     model = gpt2.GPT2.from_pretrained(folder)
     assert torch.allclose(model(some_ids(2, 8)), expected, atol=1e-4)
-    assert not model.training and all(
-        p.dtype == torch.float32 and p.requires_grad for p in model.parameters()
-    )
+    assert not model.training and all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
     assert model.config == TINY
 
 
@@ -1544,11 +1495,7 @@ def test_a_model_without_query_bias_exports_zeros(tmp_path):
 def test_a_checkpoint_gives_the_model_back(tmp_path):
     model = lively(TINY)
     back = gpt2.GPT2.from_pretrained(save_model(model, tmp_path / "a.pt"))
-    assert (
-        same_state(back.state_dict(), model.state_dict())
-        and back.config == model.config
-        and not back.training
-    )
+    assert same_state(back.state_dict(), model.state_dict()) and back.config == model.config and not back.training
 
 
 REFUSED = {"model_type": "llama", "activation_function": "gelu", "layer_norm_epsilon": 1e-6, "n_inner": 99,
@@ -1560,9 +1507,7 @@ REFUSED = {"model_type": "llama", "activation_function": "gelu", "layer_norm_eps
 def edit_config(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(
-        json.dumps({key: value for key, value in config.items() if value != "gone"}), encoding="utf-8"
-    )
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "gone"}), encoding="utf-8")
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -1636,15 +1581,9 @@ BAD_FOLDERS = {
     "wrong shape": (spoil(lambda t: t.update({LN: torch.zeros(13)})), r"\(13,\)"),
     "whole numbers": (spoil(lambda t: t.update({LN: torch.zeros(12, dtype=torch.int64)})), "I64|int64"),
     "NaN": (spoil(lambda t: t.update({LN: torch.full((12,), math.nan)})), "norm1.weight|ln_1.weight"),
-    "a head of its own": (
-        spoil(lambda t: t.update({"lm_head.weight": t[WTE] + 1})),
-        "lm_head.weight differs",
-    ),
+    "a head of its own": (spoil(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), "lm_head.weight differs"),
     "cut file": (cut_file, "model.safetensors"),
-    "empty file": (
-        lambda folder, tensors: (folder / "model.safetensors").write_bytes(b""),
-        "model.safetensors",
-    ),
+    "empty file": (lambda folder, tensors: (folder / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "header of 2^63 bytes": (huge_header, "model.safetensors"),
     "deep header": (deep_json, "model.safetensors"),
     "header is a list": (
@@ -1652,10 +1591,7 @@ BAD_FOLDERS = {
         "model.safetensors",
     ),
     "overlap": (spoil_header(lambda h: h[LN].update(data_offsets=h[WTE]["data_offsets"])), LN),
-    "offsets beyond the file": (
-        spoil_header(lambda h: h[LN].update(data_offsets=[10**9, 10**9 + 48])),
-        "h.0.ln_1",
-    ),
+    "offsets beyond the file": (spoil_header(lambda h: h[LN].update(data_offsets=[10**9, 10**9 + 48])), "h.0.ln_1"),
     "negative offsets": (spoil_header(lambda h: h[LN].update(data_offsets=[-48, 0])), LN),
     "wrong length": (spoil_header(lambda h: h[LN].update(shape=[11])), LN),
     "negative shape": (spoil_header(lambda h: h[LN].update(shape=[-12, -1])), "model.safetensors"),
@@ -1684,10 +1620,7 @@ def test_the_table_of_names_covers_every_parameter(name):
     theirs = set(gpt2.hugging_face_names(model.config).values())
     ends = ["ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     expected = {f"h.{i}.{end}" for i in range(model.config["n_layers"]) for end in ends} | {"ln_f"}
-    expected = {f"{stem}.{part}" for stem in expected for part in ("weight", "bias")} | {
-        "wte.weight",
-        "wpe.weight",
-    }
+    expected = {f"{stem}.{part}" for stem in expected for part in ("weight", "bias")} | {"wte.weight", "wpe.weight"}
     assert theirs == expected and len(expected) == len(dict(model.named_parameters()))
 
 
@@ -1861,17 +1794,17 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("train --data missing.txt", "missing.txt"), ("train --data hf", "hf"),
     ("train --data empty.txt", "empty.txt"), ("train --data blank.txt", "blank.txt"),
     ("train --data latin1.txt", "not UTF-8"), ("train --data utf16.txt", "not UTF-8"),
-    ("train --data short.txt", "context_length"), ("train --context_length 5000", "context_length"),
+    ("train --data short.txt", "2 tokens to train on"), ("train --context_length 5000", "context_length"),
     ("train --data broken.jsonl", "line 2"), ("train --data types.jsonl", "line 2"),
     ("train --data keys.jsonl", "line 1"), ("train --data number.jsonl", "line 1"),
     ("train --data null.jsonl", "line 1"), ("train --data deep.jsonl", "deep.jsonl"),
     ("train --data deep.json", "deep.json"), ("train --data empty.jsonl", "empty.jsonl"),
     ("train --data blank.jsonl", "blank.jsonl"), ("train --data broken.json", "broken.json"),
-    ("train --data list.json", "list.json"), ("train --data latin1.jsonl", "not UTF-8"),
+    ("train --data list.json", "list.json, item 1"), ("train --data latin1.jsonl", "not UTF-8"),
     ("train --data single.jsonl", "single.jsonl"), ("train --data input.jsonl", "line 1"),
     ("train --resume", "to resume"), ("train --resume --out weights_only", "--init"),
     ("train --resume --out damaged", "damaged"), ("train --resume --out hollow", "hollow"),
-    ("train --out damaged", "damaged"), ("train --out good.pt", "good.pt"),
+    ("train --out damaged", "--overwrite"), ("train --out good.pt", "good.pt is no folder"),
     ("train --init missing.pt", "missing.pt"), ("train --init good.pt --emb_dim 32", "emb_dim"),
     ("train --init good.pt --context_length 64", "context_length"), ("train --init cut.pt", "cut.pt"),
     ("generate a b", "b"), ("generate", "python gpt2.py train"),
@@ -1913,7 +1846,7 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("eval --model good.pt --data latin1.txt", "not UTF-8"),
     ("eval --model good.pt --data broken.jsonl", "line 2"), ("eval --model cut.pt", "cut.pt"),
     ("eval --model good.pt --device nosuch", "nosuch"), ("export", "FOLDER"),
-    ("export new", "python gpt2.py train"), ("export good.pt --model good.pt", "good.pt"),
+    ("export new", "python gpt2.py train"), ("export good.pt --model good.pt", "good.pt is no folder"),
     ("export new --model cut.pt", "cut.pt"), ("export new --model hf_gelu", "activation_function"),
     ("export good.pt/new --model good.pt", "good.pt"),
 ]  # fmt: skip
@@ -1927,9 +1860,7 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize(
-    "typed, message", BAD_COMMANDS, ids=[typed or "nothing" for typed, _ in BAD_COMMANDS]
-)
+@pytest.mark.parametrize("typed, message", BAD_COMMANDS, ids=[typed or "nothing" for typed, _ in BAD_COMMANDS])
 def test_bad_input_gives_one_line_and_changes_nothing(shelf, cli, monkeypatch, typed, message):
     monkeypatch.chdir(shelf)
     before = contents(shelf)
@@ -2008,6 +1939,22 @@ def test_train_accepts_every_key(cli, text, tmp_path):
     assert gpt2.load_checkpoint(tmp_path / "last.pt")["config"] == ours
 
 
+def test_train_says_what_it_will_do_and_what_comes_next(cli, config, tmp_path):
+    notes = cli("train", *words(config), "--out", tmp_path / "a run").err.splitlines()
+    train_set, val_set = gpt2.load_data({**gpt2.CONFIG, **config})
+    n_train, n_val = (f"{len(part.token_ids):,}" for part in (train_set, val_set))
+    assert notes[0].endswith(f": {n_train} tokens to train on, {n_val} tokens to validate")
+    count = f"{gpt2.GPT2(config).num_parameters():,}"
+    assert notes[1] == f"model     {count} parameters: 1 layers, 2 heads, width 8, context 8"
+    assert notes[2:4] == ["device    cpu, fp32", "steps     1 to 12, 6 an epoch"]
+    assert re.fullmatch(r"step 12/12  epoch 2  loss \d+\.\d{3}  validation \d.*tokens/s  0:00 left", notes[-4])
+    assert notes[-3].startswith("    I HAD always thought")
+    assert notes[-2].startswith("done      training loss") and notes[-2].endswith("loss.png shows the way")
+    assert notes[-1] == f"next      python gpt2.py generate --model '{tmp_path / 'a run' / 'last.pt'}'"
+    notes = cli("train", *words(config), "--out", tmp_path / "a run").err.splitlines()
+    assert notes[4].startswith("saving    in ") and notes[4].endswith("the first save replaces the run that is there")
+
+
 def test_model_size_sets_the_sizes_and_keys_given_win(cli, monkeypatch, tmp_path):
     def show(config, **options):
         raise ValueError(json.dumps(config))
@@ -2074,8 +2021,11 @@ def test_half_a_character_at_the_end_is_shown_as_such(monkeypatch, tokenizer):
     assert "".join(say(monkeypatch, tokenizer.encode("🙂")[:1], "Say:")) == "Say:\ufffd\n"
 
 
-def test_an_instruction_prints_the_answer_only(monkeypatch, tokenizer):
+def test_an_instruction_is_asked_in_its_layout_and_the_answer_alone_is_printed(monkeypatch, tokenizer):
+    asked = []
+    monkeypatch.setattr(gpt2, "prompt_ids", lambda text: asked.append(text) or torch.zeros(1, 1, dtype=torch.long))
     assert "".join(say(monkeypatch, tokenizer.encode("Yes."), "Is it?", "--instruct")) == "Yes.\n"
+    assert asked == [gpt2.instruction_prompt("Is it?")]
 
 
 def test_control_characters_are_written_out_on_a_terminal_only(monkeypatch, tokenizer):
@@ -2105,9 +2055,7 @@ def test_generate_continues_the_prompt_greedily(at_shelf, tokenizer):
     model = gpt2.GPT2.from_pretrained("good.pt")
     new = gpt2.generate(model, gpt2.text_to_token_ids("Once upon", tokenizer), 12, eos_id=50256)
     result = at_shelf("generate", "Once upon", "--model", "good.pt", "--max_tokens", 12)
-    assert (
-        result.code == 0 and result.out == gpt2.token_ids_to_text(new, tokenizer) + "\n" and result.err == ""
-    )
+    assert result.code == 0 and result.out == gpt2.token_ids_to_text(new, tokenizer) + "\n" and result.err == ""
 
 
 def test_a_dash_reads_the_prompt_from_standard_input(at_shelf, monkeypatch):
@@ -2133,9 +2081,8 @@ def test_output_may_go_to_a_stream_of_a_notebook(at_shelf, monkeypatch):
 def test_eval_says_how_many_examples_are_cut(at_shelf):
     row = json.dumps({"prompt": "a b c", "completion": " d e f g h i j k"})
     Path("long.jsonl").write_text(row + "\n" + row.replace(" b c", ""), encoding="utf-8")
-    assert "2 examples are longer than the context" in at_shelf(
-        "eval", "--model", "good.pt", "--data", "long.jsonl"
-    ).err
+    error = at_shelf("eval", "--model", "good.pt", "--data", "long.jsonl").err
+    assert "2 examples are longer than the context" in error
     Path("long.jsonl").unlink()
 
 
@@ -2180,6 +2127,13 @@ def test_a_closed_pipe_ends_quietly(shelf):
         assert process.stderr.read() == "" and process.wait(timeout=60) == 141
 
 
+def test_training_ends_when_nobody_reads_its_notes(long_config, tmp_path):
+    with start("train", *words(long_config), "--out", tmp_path / "run") as process:
+        assert process.stderr.read(1) == "d"
+        process.stderr.close()
+        assert process.stdout.read() == "" and process.wait(timeout=60) == 141
+
+
 def test_an_exported_folder_generates_the_same_text(at_shelf, tmp_path):
     assert at_shelf("export", tmp_path / "folder", "--model", "good.pt").code == 0
     options = ["generate", "Once", "--max_tokens", 20, "--temperature", 1.3, "--model"]
@@ -2198,19 +2152,14 @@ def test_eval_of_a_text_reports_loss_perplexity_bits_and_tokens(at_shelf, text, 
         result = at_shelf("eval", "--model", "good.pt", "--data", text, "--json", *options)
         assert json.loads(result.out) == pytest.approx(expected, rel=1e-6)
     table = at_shelf("eval", "--model", "good.pt", "--data", text, "--stride", 8).out
-    assert re.search(rf"^loss +{loss:.4f}\b", table) and re.search(
-        rf"^tokens +{len(ids) - 1}\b", table, re.MULTILINE
-    )
+    assert re.search(rf"^loss +{loss:.4f}\b", table) and re.search(rf"^tokens +{len(ids) - 1}\b", table, re.MULTILINE)
 
 
 def test_eval_of_fine_tuning_data_reports_accuracy_and_a_table(at_shelf, tmp_path, tokenizer):
     data = [(f"Text {i}:", [" spam", " ham", " maybe so"][i % 3]) for i in range(12)]
     path = write_lines(tmp_path / "a.jsonl", *[{"prompt": p, "completion": c} for p, c in data])
     model, counts = gpt2.GPT2.from_pretrained("good.pt"), {}
-    for (
-        prompt,
-        truth,
-    ) in data:  # written out: the completion, and its end, that is most probable after the prompt
+    for prompt, truth in data:  # written out: the completion, and its end, that is most probable after the prompt
         scores = {}
         for label in (" ham", " maybe so", " spam"):
             ids = tokenizer.encode(prompt) + tokenizer.encode(label) + [50256]
@@ -2224,8 +2173,10 @@ def test_eval_of_fine_tuning_data_reports_accuracy_and_a_table(at_shelf, tmp_pat
     assert report["accuracy"] == pytest.approx(accuracy)
     assert report["loss"] == pytest.approx(gpt2.evaluate(model, completions(data, 8)), rel=1e-6)
     assert report["tokens"] == 4 * 2 + 4 * 2 + 4 * 3
-    rows = at_shelf("eval", "--model", "good.pt", "--data", path).out.splitlines()[-3:]
-    for row, truth in zip(rows, (" ham", " maybe so", " spam")):
+    *_, title, heads, one, two, three = at_shelf("eval", "--model", "good.pt", "--data", path).out.splitlines()
+    assert title == "rows: true, columns: predicted"
+    assert re.findall(r"'[^']*'", heads) == ["' ham'", "' maybe so'", "' spam'"]
+    for row, truth in zip((one, two, three), (" ham", " maybe so", " spam")):
         expected = [counts.get((truth, label), 0) for label in (" ham", " maybe so", " spam")]
         assert row.startswith(repr(truth)) and list(map(int, row.split()[-3:])) == expected
 
@@ -2236,14 +2187,7 @@ def test_fine_tuning_learns_to_classify(at_shelf, tmp_path):
         for i in range(16)
     ]
     path = write_lines(tmp_path / "a.jsonl", *data)
-    options = {
-        "data": path,
-        "epochs": 25,
-        "learning_rate": 0.01,
-        "warmup_steps": 2,
-        "val_fraction": 0.0,
-        "emb_dim": 32,
-    }
+    options = {"data": path, "epochs": 25, "learning_rate": 0.01, "warmup_steps": 2, "val_fraction": 0.0, "emb_dim": 32}
     assert at_shelf("train", *words({**TRAINABLE, **options}), "--out", tmp_path / "out").code == 0
     report = json.loads(at_shelf("eval", "--model", tmp_path / "out/last.pt", "--data", path, "--json").out)
     assert report["accuracy"] == 1.0 and report["loss"] < 0.3
@@ -2283,36 +2227,21 @@ def test_the_notebook_ran_without_errors_or_warnings(notebook):
 def test_the_notebook_has_readable_ids_of_its_own(notebook):
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(set(ids)) == len(ids)
-    assert all(
-        re.fullmatch(r"[a-z][a-z0-9-]{2,63}", i) and not re.fullmatch(r"[0-9a-f-]{8,}", i) for i in ids
-    )
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]{2,63}", i) and not re.fullmatch(r"[0-9a-f-]{8,}", i) for i in ids)
 
 
 def test_the_notebook_is_small_and_needs_nothing_from_elsewhere(notebook):
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text.encode()) < 2_000_000
     assert not re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt)/", text), "an absolute path"
-    assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text), (
-        "a picture from elsewhere"
-    )
+    assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text), "a picture from elsewhere"
 
 
 def test_the_notebook_runs(tmp_path):
     assert NOTEBOOK.is_file()
-    folder = shutil.copytree(
-        HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "checkpoints", ".venv")
-    )
+    folder = shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "checkpoints", ".venv"))
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    command = [
-        sys.executable,
-        "-m",
-        "jupyter",
-        "nbconvert",
-        "--to",
-        "notebook",
-        "--execute",
-        "walkthrough.ipynb",
-    ]
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "walkthrough.ipynb"]
     command += ["--output-dir", str(tmp_path), "--output", "executed.ipynb"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -2348,9 +2277,7 @@ def test_the_vocabulary_files_are_those_that_tiktoken_expects():
     assert hashes == {bpe, encoder}
     names = {path.name for path in (HERE / ".tiktoken").iterdir()}
     address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    assert names == {
-        hashlib.sha1((address + name).encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")
-    }
+    assert names == {hashlib.sha1((address + name).encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")}
 
 
 def test_the_program_imports_the_standard_library_torch_tiktoken_and_matplotlib_only():
