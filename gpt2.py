@@ -95,38 +95,29 @@ class SelfAttention(nn.Module):
         return self.weights(x) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(SelfAttention):
     """One head that cannot see the future, so that predicting the next token is not copying it.
 
     x (B, T, d_in) -> (B, T, d_out), T at most `context_length`. The lines marked "new" are what `SelfAttention` lacks.
     """
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout_rate: float, qkv_bias: bool = False):
-        super().__init__()
-        self.query = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.key = nn.Linear(d_in, d_out, bias=qkv_bias)
-        self.value = nn.Linear(d_in, d_out, bias=qkv_bias)
+        super().__init__(d_in, d_out, qkv_bias)  # query, key and value
         self.dropout = nn.Dropout(dropout_rate)  # new
-        future = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)  # column after row
-        self.register_buffer("future", future, persistent=False)  # new
+        mask = torch.ones(context_length, context_length, dtype=torch.bool).triu(diagonal=1)  # new: column after row
+        self.register_buffer("causal_mask", mask, persistent=False)  # new: no parameter, but it moves with the model
 
     def weights(self, x: Tensor) -> Tensor:
         """x (B, T, d_in) -> (B, T, T): rows sum to 1, and row t is exactly zero after column t."""
         tokens = x.size(1)
         queries, keys = self.query(x), self.key(x)  # (B, T, D) each
         scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
-        scores = scores.masked_fill(self.future[:tokens, :tokens], -math.inf)  # new: exp(-inf) is 0
+        scores = scores.masked_fill(self.causal_mask[:tokens, :tokens], -math.inf)  # new: exp(-inf) is 0
         return torch.softmax(scores, dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.dropout(self.weights(x))  # new: forget some links while training
         return weights @ self.value(x)  # (B, T, D)
-
-
-@functools.lru_cache
-def number_of_pieces(outputs: int, threads: int) -> int:
-    """Into how many equal pieces `linear` cuts its outputs: their largest divisor up to 32, or up to 4 a thread."""
-    return max(n for n in range(1, max(32, 4 * threads) + 1) if outputs % n == 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,7 +131,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, outputs = x.numel() // x.size(-1), weight.size(0)
     if torch.is_grad_enabled() or x.device.type != "cpu" or rows > 128 or weight.numel() < 100_000:
         return F.linear(x, weight, bias)
-    pieces = number_of_pieces(outputs, torch.get_num_threads())
+    most = max(32, 4 * torch.get_num_threads())
+    pieces = next(n for n in range(most, 0, -1) if outputs % n == 0)  # as many equal ones as possible
     same = x.reshape(rows, -1).expand(pieces, -1, -1)  # (pieces, rows, in), without a copy
     cut = weight.view(pieces, outputs // pieces, -1).transpose(1, 2)  # (pieces, in, out / pieces)
     bias = x.new_zeros(()) if bias is None else bias.view(pieces, 1, -1)
@@ -314,7 +306,7 @@ class GPT2(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """Weights normal with standard deviation 0.02, biases zero (OpenAI's model.py).
+        """Weights normal with standard deviation 0.02, biases zero (OpenAI's model.py; its positions have 0.01).
 
         The two projections of each block that write into the residual stream get 0.02 / √(2L): 2L of them add up, and
         the stream should not grow with depth (GPT-2 paper, section 2.3).
@@ -348,7 +340,7 @@ class GPT2(nn.Module):
         if targets is None:
             return linear(x, head)  # (B, T, V)
         x, targets = x.flatten(0, 1), targets.flatten()  # (B·T, C), (B·T)
-        if self.chunked_loss:  # autocast does not reach into it: products and loss stay in float32 at any precision
+        if self.chunked_loss:  # logits of 512 rows at a time; autocast does not reach into it: all stays in float32
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy="compact")
             return F.linear_cross_entropy(x, head, targets, reduction="sum", options=options)
         return F.cross_entropy(linear(x, head), targets, reduction="sum")
@@ -613,15 +605,20 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
 
 # ---- 5. Data: text becomes tokens, tokens become inputs and targets, a target one token ahead of its input -----------
 
-IGNORED = -100  # a target that no loss counts
+IGNORE_INDEX = -100  # a target that no loss counts
 FINE_TUNING = (".json", ".jsonl")  # how the names of files with examples end; all others are text
-# Cutting a text before white space that follows something else changes no token: GPT-2's pattern never joins the two.
+# GPT-2 first splits a text by a regular expression, then joins bytes to tokens within each part. No part runs from a
+# visible character into white space, so a cut between the two changes no token.
 SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer():
-    """GPT-2's byte-pair encoding, a `tiktoken.Encoding`. OSError if it is neither at hand nor to be downloaded."""
+    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), a `tiktoken.Encoding`.
+
+    It starts from bytes and joins the neighbours that were most frequent in OpenAI's texts: 50,256 tokens and
+    `<|endoftext|>`. OSError if it is neither at hand nor to be downloaded.
+    """
     import tiktoken  # here, because `--help` should not wait for it
 
     if (HERE / ".tiktoken").is_dir() and not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
@@ -732,7 +729,7 @@ class GPTDataset(torch.utils.data.Dataset):
             end = min(start + self.context_length, last)
             window = self.token_ids[start : end + 1].long()
             x, y = window[:-1], window[1:].clone()
-            y[: scored - start] = IGNORED
+            y[: scored - start] = IGNORE_INDEX
             scored = end
             yield x, y
             if end == last:
@@ -751,7 +748,7 @@ class CompletionDataset(list):
         for prompt, completion in examples:
             before = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
             after = [*tokenizer.encode(completion, disallowed_special=()), tokenizer.eot_token]
-            x, y = (before + after)[:-1], [IGNORED] * (len(before) - 1) + after
+            x, y = (before + after)[:-1], [IGNORE_INDEX] * (len(before) - 1) + after
             self.n_cut += len(x) > context_length
             self.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
 
@@ -764,7 +761,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Items of any lengths as x (B, T), y (B, T); padding stands behind, where no token sees it and no loss counts."""
     xs, ys = zip(*items)
     pad = nn.utils.rnn.pad_sequence
-    return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=IGNORED)
+    return pad(xs, batch_first=True), pad(ys, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -858,7 +855,7 @@ CONFIG = {
     # On the way, counted in optimizer steps
     "eval_every": 0,  # measure the validation loss so often; 0: once an epoch
     "checkpoint_every": 0,  # save so often, and at each lowest validation loss; 0: once an epoch
-    "sample_prompt": "I HAD always thought",  # what the model continues after each epoch
+    "sample_prompt": "I HAD always thought",  # what the model continues after each epoch, and at the end
     # The machine
     "device": "auto",  # auto: an accelerator where there is one; or cpu, cuda, mps, xpu
     "precision": "auto",  # fp32, bf16 or fp16; auto: bf16 or else fp16 on CUDA, fp32 elsewhere
@@ -898,7 +895,7 @@ def check_config(config: dict) -> dict:
 
 
 # ---- 7. Training: guess every next token, measure the surprise, step downhill; save so that nothing is lost ---------
-# At a first reading, skip from `write_files` to `Run`: what stands between keeps files and runs whole.
+# At a first reading, skip from `write_files` to `Run`, and there `restore`: they keep files and runs whole.
 # From below: `sample_text` (section 8).
 
 CHECKPOINT_FORMAT = "gpt2.py 1"
@@ -918,7 +915,10 @@ def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
 
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
-    """AdamW that decays matrices and embeddings, not norms and biases, which have no reason to be small."""
+    """AdamW that decays matrices and embeddings, not norms and biases, which have no reason to be small.
+
+    OpenAI published no such settings for GPT-2: betas, clipping and the cosine are GPT-3's (Brown et al., 2020, B).
+    """
     decayed = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
@@ -985,7 +985,7 @@ def evaluate(model: GPT2, dataset: GPTDataset | CompletionDataset, *, stride: in
         while items := list(itertools.islice(windows, at_once)):
             x, y = collate(items)
             loss += model(x.to(device), targets=y.to(device)).item()
-            count += int((y != IGNORED).sum())
+            count += int((y != IGNORE_INDEX).sum())
     loss, count = sum_over_processes(loss, count)
     return loss / count
 
@@ -1113,7 +1113,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
-def fit_model(model: GPT2, config: dict) -> GPT2:
+def adapt_model(model: GPT2, config: dict) -> GPT2:
     """The model itself, with the dropout rate of `config` and its context, which is the model's or shorter."""
     if config["context_length"] < model.config["context_length"]:  # drop the positions behind it
         kept = model.position_embedding.weight.detach()[: config["context_length"]].clone()
@@ -1159,10 +1159,11 @@ class Run:
                 needs = f"training this model takes at least {need / 1e9:,.0f} GB of memory"
                 raise ValueError(f"{needs}, and the machine has {there / 1e9:,.0f}: lower --emb_dim or --n_layers")
         torch.manual_seed(config["seed"])
-        self.model = (fit_model(model, config) if model else GPT2(config)).to(self.device).train()
+        self.model = (adapt_model(model, config) if model else GPT2(config)).to(self.device).train()
         self.model.chunked_loss = config["chunked_loss"]
         self.optimizer = make_optimizer(self.model, config)
-        # float16 ends at 65,504: scale the loss, or small gradients vanish. Only CUDA has it here.
+        # float16 has nothing between 0 and 6e-8: the scaler multiplies the loss, so that small gradients survive, and
+        # by less after a step in which they passed 65,504 and became infinite. Only CUDA has it here.
         self.scaler = torch.amp.GradScaler(kind, enabled=kind == "cuda" and self.precision == "fp16")
         # Training may go through wrappers around the weights; saving and sampling use the plain model.
         self.network = torch.compile(self.model) if config["compile"] else self.model
@@ -1205,7 +1206,7 @@ class Run:
             setattr(self, name, last[name])
         self.is_new = False
         # A run that `max_steps` stopped was measured once more than one that went on. Forget it, and both are the same.
-        if self.step % (self.config["eval_every"] or self.steps_per_epoch):
+        if self.step % (last["config"].get("eval_every") or self.steps_per_epoch):
             self.metrics[-1].pop("val_loss", None)
             self.best_val_loss = min((row["val_loss"] for row in self.metrics if "val_loss" in row), default=math.inf)
         if self.step >= self.end:
@@ -1226,7 +1227,7 @@ class Run:
         items = [self.train_set[i] for i in order[self.rank :: self.world].tolist()]
         if not items:  # fewer windows than processes: work on one that counts nothing, for the others wait for us
             x, y = self.train_set[int(order[0])]
-            items = [(x, torch.full_like(y, IGNORED))]
+            items = [(x, torch.full_like(y, IGNORE_INDEX))]
         size = self.config["batch_size"]
         return [collate(items[i : i + size]) for i in range(0, len(items), size)]
 
@@ -1236,7 +1237,7 @@ class Run:
         Each batch's summed loss is divided by the targets of the whole step, not of the batch: so accumulated gradients
         equal those of one big batch, also when examples differ in length.
         """
-        n_targets = int(sum_over_processes(sum(int((y != IGNORED).sum()) for _, y in batches))[0])
+        n_targets = int(sum_over_processes(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))[0])
         total = torch.zeros((), device=self.device)
         for i, (x, y) in enumerate(batches):
             if self.device.type == "cuda":  # from pinned memory the copy runs beside the computation
@@ -1273,14 +1274,14 @@ class Run:
         row |= {"train_loss": loss, "learning_rate": rate, "grad_norm": None if skipped else norm}
         return row | {"tokens_per_second": round(n_targets / (time.perf_counter() - started), 1)}
 
-    def validate(self) -> float:
-        """The validation loss now. If it is the lowest yet, the weights are kept for best.pt."""
+    def validate(self, keep: bool) -> float:
+        """The validation loss now. If it is the lowest yet and `keep` is true, the weights are kept for best.pt."""
         with self.autocast:
             loss = evaluate(self.model, self.val_set)
         self.check_finite(loss)
-        if loss < self.best_val_loss:
+        if keep and loss < self.best_val_loss:
             self.best_val_loss = loss
-            weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
             self.best = {"format": CHECKPOINT_FORMAT, "config": self.config, "step": self.step, "model": weights}
         return loss
 
@@ -1376,7 +1377,7 @@ def describe(run: Run, folder: Path | None) -> None:
 
 def train(config: dict | None = None, *, out: str | Path | None = "checkpoints", init: GPT2 | str | Path | None = None,
           resume: bool = False, overwrite: bool = False) -> Iterator[dict]:  # fmt: skip
-    """Train, and yield one dict a step: its line of metrics.jsonl, `total_steps`, and after an epoch a `sample`.
+    """Train, and yield one dict a step: its line of metrics.jsonl, `total_steps`, after each epoch a `sample` too.
 
     `config` holds what differs from `CONFIG`. `out` is the folder for last.pt, best.pt, metrics.jsonl and loss.png;
     None writes nothing. `init` is a model to start from: a `GPT2`, which is trained in place, or a name or path.
@@ -1398,7 +1399,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
         while run.step < run.end:
             row = run.optimizer_step()
             if run.val_set and run.is_due(config["eval_every"]):
-                row["val_loss"] = run.validate()
+                row["val_loss"] = run.validate(keep=saves)
             run.metrics.append(row)
             if saves and (run.best or run.is_due(config["checkpoint_every"])):
                 saved = run.save(folder, plot=run.step == run.end)
@@ -1664,7 +1665,7 @@ def run_eval(args: argparse.Namespace) -> None:
         dataset = CompletionDataset(read_examples(path), context)
         if dataset.n_cut:
             log.info("%s examples are longer than the context and lose their beginning", f"{dataset.n_cut:,}")
-        scored, confusion = torch.cat([y[y != IGNORED] for _, y in dataset]), classify(model, dataset)
+        scored, confusion = torch.cat([y[y != IGNORE_INDEX] for _, y in dataset]), classify(model, dataset)
     else:
         ids, _ = load_text(path)
         if len(ids) < 2:
@@ -1766,7 +1767,7 @@ def make_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Its exit status: 0, 2 after one line that says what is wrong, 130 or 141 when interrupted."""
+    """Run a command. Its exit status: 0, 2 after one line that says what is wrong, 130, 141 or 143 when interrupted."""
     for name in ("stdin", "stdout", "stderr"):  # a stream that the shell closed
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w"))
     for stream in (sys.stdout, sys.stderr):
@@ -1805,7 +1806,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         log.removeHandler(notes)
     with contextlib.suppress(OSError):  # nowhere to say it
-        print(f"gpt2.py {args.command}: error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        start = "\n" * notes.open_line + f"gpt2.py {args.command}: error:"  # never behind a live line
+        print(start, printable(" ".join(message.split())), file=sys.stderr, flush=True)
     return status
 
 

@@ -759,7 +759,7 @@ def test_scoring_windows_hold_each_target_once():
 @pytest.mark.parametrize("stride", [8, 9, 12, 1000])
 def test_a_stride_above_the_context_passes_over_nothing(stride):
     windows = gpt2.GPTDataset(torch.arange(101), 8).scoring_windows(stride)
-    assert [int(target) for _, y in windows for target in y if target != gpt2.IGNORED] == list(range(1, 101))
+    assert [int(target) for _, y in windows for target in y if target != gpt2.IGNORE_INDEX] == list(range(1, 101))
 
 
 @pytest.mark.parametrize("stride", [0, -1])
@@ -859,6 +859,24 @@ def test_some_steps_and_the_others_are_the_whole(whole, config, tmp_path, step):
     assert "val_loss" in list(gpt2.train({**config, "max_steps": step}, out=tmp_path))[-1]
     list(gpt2.train({"max_steps": 12}, out=tmp_path, resume=True))
     assert_same_run(tmp_path, whole)
+
+
+def test_another_eval_every_forgets_no_measurement(config, tmp_path):
+    *_, row = gpt2.train({**config, "max_steps": 6}, out=tmp_path)
+    next(gpt2.train({"max_steps": 12, "eval_every": 5}, out=tmp_path, resume=True))
+    assert gpt2.load_checkpoint(tmp_path / "last.pt")["metrics"][5]["val_loss"] == row["val_loss"]
+
+
+def test_a_run_that_writes_nothing_keeps_no_copy_of_its_weights(config, monkeypatch):
+    runs = []
+
+    class Seen(gpt2.Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runs.append(self)
+
+    monkeypatch.setattr(gpt2, "Run", Seen)
+    assert any("val_loss" in row for row in gpt2.train(config, out=None)) and runs[0].best is None
 
 
 def test_fine_tuning_resumes_exactly(fine_tuning, tmp_path):
@@ -1300,10 +1318,11 @@ def test_the_end_of_text_stops_a_row_and_fills_it():
     assert torch.equal(alone, free[:1, : at + 1])
 
 
-@pytest.mark.parametrize(
-    "change", [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": 0},
-    {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": math.nan}, {"max_new_tokens": -1}, {"idx": torch.zeros(3,
-    dtype=torch.long)}, {"idx": torch.zeros(1, 0, dtype=torch.long)}, {"idx": torch.tensor([[61]])}, {"idx": torch.tensor([[3, -1]])}], )  # fmt: skip
+@pytest.mark.parametrize("change", [
+    {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0},
+    {"top_p": 1.1}, {"top_p": math.nan}, {"max_new_tokens": -1}, {"idx": torch.zeros(3, dtype=torch.long)},
+    {"idx": torch.zeros(1, 0, dtype=torch.long)}, {"idx": torch.tensor([[61]])}, {"idx": torch.tensor([[3, -1]])},
+])  # fmt: skip
 def test_arguments_of_generate_that_make_no_sense_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         gpt2.generate(lively(TINY), **{"idx": some_ids(1, 3), "max_new_tokens": 2, **change})
@@ -1891,6 +1910,25 @@ def test_a_compiler_that_is_missing_is_one_line(cli, monkeypatch):
     monkeypatch.setattr(gpt2, "load_model", lambda args: (_ for _ in ()).throw(error))
     result = cli("generate")
     assert result.code == 2 and result.err.count("\n") == 1 and "leave out --compile" in result.err
+
+
+def test_an_error_stands_below_a_live_line(monkeypatch):
+    pty = pytest.importorskip("pty")
+
+    def load(args):
+        gpt2.log.info("half way", extra={"live": True})
+        raise ValueError("no such thing")
+
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(gpt2, "load_model", load)
+        patch.setattr(sys, "stderr", terminal)
+        assert gpt2.main(["generate"]) == 2
+        shown = b""
+        while shown.count(b"\n") < 2:
+            shown += os.read(ours, 1000)
+    os.close(ours)
+    assert shown.decode() == "half way\r\ngpt2.py generate: error: no such thing\r\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), NotImplementedError("a bug"), KeyError("a bug")])
