@@ -265,27 +265,28 @@ MODEL_LIMITS = {  # the keys that make a model, with the least and the greatest 
 }  # fmt: skip
 
 
-def check_value(key: str, value, low, high) -> None:
-    """ValueError unless `value` has the type of `low` (an int may stand for a float) and is from `low` to `high`."""
+def check_value(key: str, value, low, high):
+    """The plain value. ValueError unless it has the type of `low` (an int may stand for a float) and is in bounds."""
     kind = type(low)
     # For Python, True is an int; here it is none.
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not fits or not low <= value <= high:
         name = {int: "a whole number", float: "a number", bool: "a truth value"}[kind]
         raise ValueError(f"{key} is {reprlib.repr(value)}; it must be {name} from {low} to {high}")
+    return kind(value)  # NumPy's floats are floats, too, but no checkpoint may hold them
 
 
 def check_model_config(config: dict, source: str = "") -> dict:
     """The model's keys of `config`. ValueError names a key that is missing or a value that cannot be, and `source`."""
-    source = f"{source}: " if source else ""
+    source, plain = f"{source}: " if source else "", {}
     for key, (low, high) in MODEL_LIMITS.items():
         if key not in config:
             raise ValueError(f"{source}the config has no {key}; a model needs {', '.join(MODEL_LIMITS)}")
-        check_value(source + key, config[key], low, high)
-    width, heads = config["emb_dim"], config["n_heads"]
+        plain[key] = check_value(source + key, config[key], low, high)
+    width, heads = plain["emb_dim"], plain["n_heads"]
     if width % heads:
         raise ValueError(f"{source}emb_dim {width} is no multiple of n_heads {heads}; make it one")
-    return {key: config[key] for key in MODEL_LIMITS}
+    return plain
 
 
 class GPT2(nn.Module):
@@ -500,7 +501,8 @@ def load_hugging_face(folder: Path) -> GPT2:
     """The GPT-2 in a Hugging Face folder. ValueError names what this file would compute wrongly, or cannot find."""
     config_file, index = folder / "config.json", folder / "model.safetensors.index.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is no Hugging Face folder")
+        hint = f": give {folder / 'last.pt'}" if (folder / "last.pt").is_file() else ""
+        raise FileNotFoundError(f"{folder} has no config.json, so it is no Hugging Face folder{hint}")
     given = {"resid_pdrop": 0.1, **read_json(config_file)}  # the only key with a default here
     if isinstance(given.get("n_embd"), int) and given.get("n_inner") == 4 * given["n_embd"]:
         given["n_inner"] = None  # two ways to say the same
@@ -878,7 +880,7 @@ def check_config(config: dict) -> dict:
     for key, default in CONFIG.items():
         if not isinstance(default, str):
             kind = type(default)
-            check_value(key, config[key], *LIMITS.get(key, (kind(0), kind(10**9))))  # bool(10**9) is True
+            config[key] = check_value(key, config[key], *LIMITS.get(key, (kind(0), kind(10**9))))  # bool(10**9) is True
         elif not isinstance(config[key], str):
             raise ValueError(f"{key} is {reprlib.repr(config[key])}; it must be a text")
     check_model_config(config)
@@ -1205,10 +1207,10 @@ class Run:
         for name in ("step", "tokens_seen", "best_val_loss", "metrics"):
             setattr(self, name, last[name])
         self.is_new = False
-        # A run that `max_steps` stopped was measured once more than one that went on. Forget it, and both are the same.
+        # A run that `max_steps` stopped was measured once more than one that went on. Forget that, so that the metrics
+        # are the same; but not how good best.pt is.
         if self.step % (last["config"].get("eval_every") or self.steps_per_epoch):
             self.metrics[-1].pop("val_loss", None)
-            self.best_val_loss = min((row["val_loss"] for row in self.metrics if "val_loss" in row), default=math.inf)
         if self.step >= self.end:
             more = "raise --max_steps" if self.step < self.total_steps else f"start anew with --init {path}"
             raise ValueError(f"{path} has done {self.step} steps, all that were asked for: to train on, {more}")
@@ -1350,6 +1352,8 @@ def plan_run(given: dict, folder: Path | None, init: GPT2 | str | Path | None, r
     if init is None:
         return check_config(given), None, None
     model = init if isinstance(init, GPT2) else GPT2.from_pretrained(init)
+    if odd := [name for name, p in model.named_parameters() if p.dtype != torch.float32 or not p.requires_grad]:
+        raise ValueError(f"the model's {odd[0]} is frozen or not float32: `model.float().requires_grad_()` mends it")
     config = check_config(model.config | {"dropout_rate": CONFIG["dropout_rate"]} | given)
     for key in MODEL_LIMITS.keys() - {"context_length", "dropout_rate"}:
         if config[key] != model.config[key]:
@@ -1775,6 +1779,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # where a character cannot be shown, its code can
     args = make_parser().parse_args(arguments)
     notes, status = Notes(), 2
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     if int(os.environ.get("RANK") or 0) == 0:
         log.addHandler(notes)
         log.setLevel(logging.INFO)
@@ -1805,6 +1810,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
     finally:
         log.removeHandler(notes)
+        for number, handler in handlers:
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)  # a notebook goes on after this
     with contextlib.suppress(OSError):  # nowhere to say it
         start = "\n" * notes.open_line + f"gpt2.py {args.command}: error:"  # never behind a live line
         print(start, printable(" ".join(message.split())), file=sys.stderr, flush=True)

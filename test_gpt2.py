@@ -861,6 +861,31 @@ def test_some_steps_and_the_others_are_the_whole(whole, config, tmp_path, step):
     assert_same_run(tmp_path, whole)
 
 
+def test_best_is_not_replaced_by_a_worse_one_after_a_resume(config, tmp_path):
+    """Step 3, where `max_steps` stops the run, is measured for once. That it was good is not forgotten."""
+    list(gpt2.train({**config, "max_steps": 3}, out=tmp_path))
+    last = gpt2.load_checkpoint(tmp_path / "last.pt", mmap=False)
+    gpt2.save_checkpoint(tmp_path / "last.pt", {**last, "best_val_loss": 0.5})
+    list(gpt2.train({"max_steps": 6}, out=tmp_path, resume=True))
+    assert gpt2.load_checkpoint(tmp_path / "best.pt")["step"] == 3
+    assert [row["step"] for row in metrics_of(tmp_path) if "val_loss" in row] == [6]
+
+
+def test_a_config_of_numpy_numbers_leaves_plain_ones(config, tmp_path):
+    import numpy
+
+    given = {**config, "learning_rate": numpy.float64(1e-3), "dropout_rate": numpy.float64(0.1), "max_steps": 1}
+    list(gpt2.train(given, out=tmp_path))
+    assert gpt2.GPT2.from_pretrained(tmp_path / "last.pt").config["dropout_rate"] == 0.1
+    assert gpt2.load_checkpoint(tmp_path / "last.pt")["config"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("change", [lambda model: model.bfloat16(), lambda model: model.requires_grad_(False)])
+def test_a_model_that_could_not_be_resumed_is_not_trained(config, change):
+    with pytest.raises(ValueError, match="token_embedding.weight is frozen or not float32"):
+        next(gpt2.train(config, out=None, init=change(gpt2.GPT2(config))))
+
+
 def test_another_eval_every_forgets_no_measurement(config, tmp_path):
     *_, row = gpt2.train({**config, "max_steps": 6}, out=tmp_path)
     next(gpt2.train({"max_steps": 12, "eval_every": 5}, out=tmp_path, resume=True))
@@ -1838,7 +1863,7 @@ BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("generate --model no_width.pt", "emb_dim"), ("generate --model absurd.pt", "emb_dim"),
     ("generate --model wide.pt", "shape"), ("generate --model word.pt", "n_heads"),
     ("generate --model no_weights.pt", "is missing"), ("generate --model numbers.pt", "numbers.pt"),
-    ("generate --model nan.pt", "final_norm.bias"), ("generate --model weights_only", "config.json"),
+    ("generate --model nan.pt", "final_norm.bias"), ("generate --model weights_only", "give weights_only/last.pt"),
     ("generate --model hf_cut", "safetensors"), ("generate --model hf_gelu", "activation_function"),
     ("generate --model good.pt --temperature -1", "temperature"),
     ("generate --model good.pt --temperature nan", "temperature"),
@@ -1972,8 +1997,10 @@ def test_train_accepts_every_key(cli, text, tmp_path):
             "grad_clip": 2.0, "seed": 5, "eval_every": 2, "checkpoint_every": 3, "sample_prompt": "No 100%",
             "device": "cpu", "precision": "fp32", "compile": False, "chunked_loss": True}  # fmt: skip
     assert ours.keys() == gpt2.CONFIG.keys()
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = cli("train", *words(ours), "--out", tmp_path)
     assert result.code == 0 and result.out == "" and "python gpt2.py generate" in result.err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert gpt2.load_checkpoint(tmp_path / "last.pt")["config"] == ours
 
 
