@@ -1816,7 +1816,7 @@ def shelf(tmp_path_factory):
 
 BAD_COMMANDS = [  # what is typed, and what the one line must hold
     ("", "COMMAND"), ("trian", "trian"), ("train extra", "extra"), ("train --lr 1", "--lr"),
-    ("train --learning-rate 1", "--learning-rate"), ("train --learn 1", "--learn"),
+    ("train --learning-rate 1", "are written with _"), ("train --learn 1", "--learn"),
     ("train --emb_dim", "emb_dim"), ("train --emb_dim 0", "emb_dim"), ("train --emb_dim -4", "emb_dim"),
     ("train --emb_dim x", "emb_dim"), ("train --emb_dim 1.5", "emb_dim"),
     ("train --emb_dim 10 --n_heads 4", "emb_dim 10"), ("train --n_heads 0", "n_heads"),
