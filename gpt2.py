@@ -1582,6 +1582,7 @@ class Notes(logging.Handler):
 
 
 def run_train(args: argparse.Namespace) -> None:
+    """Train, with a line a step. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
     given = OPENAI_SIZES.get(args.model_size, {}) | {key: value for key, value in vars(args).items() if key in CONFIG}
     run = train(given, out=args.out, init=args.init, resume=args.resume, overwrite=args.overwrite)
     signals, first = [], None
@@ -1616,6 +1617,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    """Print one text as it is made, or several when all are done."""
     draws = args.do_sample or args.top_k is not None or args.top_p is not None
     temperature = float(draws) if args.temperature is None else args.temperature
     check_sampling(temperature, args.top_k, args.top_p)
@@ -1661,6 +1663,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    """Print loss, perplexity, bits per byte and tokens; for examples that are a classification, accuracy too."""
     path, model, tokenizer, confusion = find_data(args.data), load_model(args), load_tokenizer(), {}
     context = model.config["context_length"]
     stride = max(1, context // 2) if args.stride is None else args.stride
@@ -1697,6 +1700,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    """Write a Hugging Face folder."""
     load_model(args).save_pretrained(args.folder)
     log.info("wrote %s: config.json, model.safetensors and the tokenizer's files", args.folder)
 
@@ -1713,10 +1717,18 @@ def load_model(args: argparse.Namespace) -> GPT2:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, each with the command that was typed and its help."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, but with nothing left over: a command would leave that to the whole program to complain of."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = "; options are written with _" if re.match(r"--\w+-\w", unknown[0]) else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        message += "; options are written with _" if re.search(r"--\w+-\w", message) else ""
+        """Say what is wrong and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 

@@ -1563,9 +1563,10 @@ def test_a_config_that_would_be_computed_wrongly_is_refused_by_name(folder, key)
     gpt2.GPT2.from_pretrained(folder)
 
 
-def test_n_inner_may_say_four_times_the_width(folder):
+def test_n_inner_may_say_four_times_the_width(exported, folder):
     edit_config(folder, n_inner=48)
-    gpt2.GPT2.from_pretrained(folder)
+    read, expected = gpt2.GPT2.from_pretrained(folder), gpt2.GPT2.from_pretrained(exported.folder)
+    assert read.config == expected.config and same_state(read.state_dict(), expected.state_dict())
 
 
 def spoil(change):
@@ -1815,8 +1816,9 @@ def shelf(tmp_path_factory):
 
 
 BAD_COMMANDS = [  # what is typed, and what the one line must hold
-    ("", "COMMAND"), ("trian", "trian"), ("train extra", "extra"), ("train --lr 1", "--lr"),
-    ("train --learning-rate 1", "are written with _"), ("train --learn 1", "--learn"),
+    ("", "COMMAND"), ("trian", "trian"), ("train extra", "extra"),
+    ("train --lr 1", "gpt2.py train: error: unrecognized arguments: --lr 1 (see gpt2.py train --help)"),
+    ("train --learning-rate 1", "are written with _"), ("train --learn 1", "--learn"), ("--learn", "COMMAND"),
     ("train --emb_dim", "emb_dim"), ("train --emb_dim 0", "emb_dim"), ("train --emb_dim -4", "emb_dim"),
     ("train --emb_dim x", "emb_dim"), ("train --emb_dim 1.5", "emb_dim"),
     ("train --emb_dim 10 --n_heads 4", "emb_dim 10"), ("train --n_heads 0", "n_heads"),
