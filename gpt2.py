@@ -5,9 +5,8 @@
     python gpt2.py eval --data FILE                   measure a model on a text
     python gpt2.py export FOLDER                      write a folder that `transformers` reads
 
-Part one is GPT-2, to be read from the top: 1 attention, 2 block, 3 model, 4 data, 5 CONFIG, 6 training,
-7 generation. Part two makes it a program: 8 fine-tuning, 9 runs, 10 pretrained weights, 11 large texts and
-fast CPUs, 12 command line. What part one borrows from there has its section beside the first use.
+Part one is GPT-2, sections 1 to 7, to be read from the top. Part two makes it a program, sections 8 to 12;
+what part one borrows from there has the number of its section beside the first use.
 
 Letters in shapes: B batch, T tokens (time), C embedding width, H heads, D width of a head (C / H),
 V vocabulary, L layers. `# (B, T, C)` at the end of a line is the shape of what the line makes.
@@ -48,7 +47,7 @@ log = logging.getLogger("gpt2")
 
 # ==== Part one: GPT-2 ====
 
-# ---- 1. Attention: every token looks at other tokens and averages what they offer ----
+# ---- 1. Attention: every token looks at others and averages what they offer ----
 class SelfAttention(nn.Module):
     """One head, softmax(Q Kᵀ / √D) V ("Attention Is All You Need", 2017).  x (B, T, d_in) -> (B, T, d_out)."""
 
@@ -63,8 +62,8 @@ class SelfAttention(nn.Module):
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
         scores = queries @ keys.transpose(1, 2)  # (B, T, T): a dot product for each pair of tokens
-        # A dot product of D terms of variance 1 has variance D. Undo that, or softmax is nearly one-hot
-        # and its gradient nearly zero.
+        # A sum of D terms of variance 1 has variance D. Undo that, or softmax is nearly one-hot and its
+        # gradient nearly zero.
         scores = scores / math.sqrt(keys.size(-1))
         return torch.softmax(scores, dim=-1)
 
@@ -75,17 +74,16 @@ class CausalAttention(SelfAttention):
     """One head that cannot see the future, so that predicting the next token is not copying it."""
 
     def __init__(self, d_in: int, d_out: int, context_length: int, dropout_rate: float, qkv_bias=False):
-        super().__init__(d_in, d_out, qkv_bias)  # query, key and value
+        super().__init__(d_in, d_out, qkv_bias)
         self.dropout = nn.Dropout(dropout_rate)  # new
         future = torch.ones(context_length, context_length, dtype=torch.bool).triu(1)  # new
         self.register_buffer("future", future, persistent=False)  # new: moves with the model
 
     def weights(self, x: Tensor) -> Tensor:
-        tokens = x.size(1)
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
         scores = queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
-        scores = scores.masked_fill(self.future[:tokens, :tokens], -math.inf)  # new: weight 0
+        scores = scores.masked_fill(self.future[: x.size(1), : x.size(1)], -math.inf)  # new: weight 0
         return self.dropout(torch.softmax(scores, dim=-1))  # new: forget some links while training
 
 class MultiHeadAttention(nn.Module):
@@ -118,7 +116,7 @@ class MultiHeadAttention(nn.Module):
         out = out.transpose(1, 2).reshape(batch, tokens, width)  # (B, T, C): the heads side by side
         return self.dropout(self.projection(out))
 
-# ---- 2. Block: attention moves information between tokens, then each token is worked on alone ----
+# ---- 2. Block: attention moves information between tokens, then each is worked on alone ----
 class LayerNorm(nn.Module):
     """scale · (x - mean) / √(variance + 1e-5) + shift, each token for itself (Ba et al., 2016)."""
 
@@ -147,8 +145,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to the residual stream.  x (B, T, C) -> (B, T, C).
 
-    The norms stand before the steps, not on the stream (GPT-2 paper, section 2.3): so x runs through all
-    blocks changed only by additions, and gradients run back the same way.
+    The norms stand before the steps, not on the stream (GPT-2 paper, 2.3): so x runs through all blocks
+    changed only by additions, and gradients run back the same way.
     """
 
     def __init__(self, config: dict):
@@ -162,7 +160,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(self.norm1(x), cache)
         return x + self.feed_forward(self.norm2(x))
 
-# ---- 3. Model: token ids go in at the bottom, a score for each possible next token comes out on top ----
+# ---- 3. Model: token ids go in at the bottom, scores for the next token come out on top ----
 class GPT2(nn.Module):
     """The language model (GPT-2 paper, section 2.3). ValueError for a config that cannot be."""
 
@@ -221,7 +219,7 @@ IGNORE_INDEX = -100  # a target that no loss counts
 @functools.lru_cache(maxsize=1)
 def load_tokenizer():
     """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), a `tiktoken.Encoding`."""
-    import tiktoken  # here, because `--help` should not wait for it
+    import tiktoken  # here: `--help` should not wait for it
     if (HERE / ".tiktoken").is_dir() and "DATA_GYM_CACHE_DIR" not in os.environ:
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
@@ -237,11 +235,10 @@ def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer) -> str:
 class GPTDataset(torch.utils.data.Dataset):
     """Windows of a text, one every `stride` tokens: (x, y), (context_length) each; y is one token later."""
 
-    shift = 0  # how many tokens earlier the windows begin; training changes it
-
     def __init__(self, token_ids: Sequence[int] | Tensor, context_length: int, stride: int | None = None):
         self.token_ids = torch.as_tensor(token_ids).flatten()
         self.context_length = context_length
+        self.shift = 0  # how many tokens earlier windows begin; training changes it
         self.starts = range(0, len(self.token_ids) - context_length, stride or context_length)
         if not self.starts:
             raise ValueError(f"{len(self.token_ids)} tokens are too few for context_length {context_length}")
@@ -280,7 +277,7 @@ def load_data(config: dict) -> tuple:
     n_val = min(math.ceil(len(ids) * config["val_fraction"]), config["max_val_tokens"])
     n_train = len(ids) - n_val
     counts = f"{config['data']}: {n_train:,} tokens to train on, {n_val:,} to validate"
-    context = config["context_length"]
+    context = config["context_length"] if n_val else min(config["context_length"], max(1, n_train - 1))
     if n_train <= context or n_val == 1:
         raise ValueError(f"{counts}: too few for context_length {context}; lower it, or val_fraction")
     log.info("data      %s", counts)
@@ -326,16 +323,16 @@ CONFIG = {
 
 # ---- 6. Training: guess every next token, measure the surprise, step downhill ----
 def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
-    """The learning rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
+    """The rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
     warmup = min(config["warmup_steps"], total_steps // 4)
     if step <= warmup:
         return config["learning_rate"] * step / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)  # 0 to 1
-    lowest = config["min_learning_rate"]
-    return lowest + (config["learning_rate"] - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    fall = config["learning_rate"] - config["min_learning_rate"]
+    return config["min_learning_rate"] + fall * (1 + math.cos(math.pi * progress)) / 2
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
-    """AdamW with the betas of GPT-3; GPT-2's are not published (Brown et al., 2020, appendix B)."""
+    """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # do not decay
     groups = [{"params": matrices, "weight_decay": config["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
@@ -363,13 +360,13 @@ def batches_of_step(dataset, step: int, run: dict, rank: int, world: int) -> lis
     return [collate(items[i : i + config["batch_size"]]) for i in range(0, len(items), config["batch_size"])]
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed; a target of -100 is none."""
+    """logits (B, T, V), targets (B, T) -> summed cross-entropy in nats; a target of -100 is none."""
     logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
     return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
 
 @torch.inference_mode()
 def evaluate(model: GPT2, dataset, *, stride: int | None = None) -> float:
-    """The mean loss in nats per token, each token counted once. Leaves the model in eval mode."""
+    """The mean loss in nats per token, each counted once. Leaves the model in eval mode."""
     model.eval()  # no dropout
     device = next(model.parameters()).device
     windows = dataset.scoring_windows(stride) if isinstance(dataset, GPTDataset) else iter(dataset)
@@ -389,9 +386,9 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
 
     `config` holds what differs from `CONFIG`. `out` is the folder for what the run leaves, or None. `init`
     is a model to start from, or its name. `resume` continues `out`, on one machine bit for bit; `overwrite`
-    replaces it. Closing the generator saves. ValueError and OSError say what to change.
+    replaces it. Closing the generator saves.
     """
-    folder = None if out is None else Path(out)
+    folder = Path(out) if out is not None else None
     config, model, optimizer, run = start_run(config or {}, folder, init, resume, overwrite)  # section 9
     device = next(model.parameters()).device
     rank, world = join_processes(device)  # section 9
@@ -403,22 +400,22 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     total_steps = config["epochs"] * steps_per_epoch
     last_step = min(total_steps, config["max_steps"] or total_steps)
     often = min(steps_per_epoch, math.ceil(total_steps / 10))
-    run["eval_every"] = config["eval_every"] or often
+    eval_every = config["eval_every"] or often
     if run["step"] >= last_step:
-        raise ValueError(f"all {last_step} steps are done: raise max_steps, or --init {folder}/last.pt")
+        raise ValueError(f"{last_step} steps are done: raise max_steps, or init from {folder}/last.pt")
     network = torch.compile(model) if config["compile"] else model  # saving and sampling use the plain model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network)
     tokenizer = load_tokenizer()
     prompt = text_to_token_ids(config["sample_prompt"], tokenizer)  # (1, T)
-    prompt = prompt if prompt.numel() else train_set[0][0][None, :5]  # else the beginning of the data
+    prompt = prompt if prompt.numel() else train_set[0][0][None, :5]  # else the data's beginning
     save = functools.partial(save_run, folder, run, model, optimizer, scaler)  # section 9
     saved = True
 
     for step in range(run["step"] + 1, last_step + 1):
         started = time.perf_counter()
         # Dropout follows from seed, step and process. So a resumed run repeats it, and nothing between two
-        # steps (an evaluation, a sample, the caller) can change the run.
+        # steps (a measurement, a sample, the caller) can change the run.
         torch.manual_seed(hash((config["seed"], step, rank)))
         model.train()  # a measurement or a sample left it in eval mode
         learning_rate = learning_rate_at(step, config, total_steps)
@@ -442,9 +439,9 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf).item()
         loss = sum_over_processes(loss)
-        # In fp16 an infinite gradient is usual: the scaler skips the step, and scales the next one less.
+        # The scaler lifts small fp16 gradients, and skips a step in which they overflow.
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}; lower learning_rate")
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}: lower learning_rate")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -455,27 +452,26 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
         row |= {"train_loss": loss, "learning_rate": learning_rate}
         row["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
         row["tokens_per_second"] = round(n_targets / (time.perf_counter() - started), 1)
-        measure = step % run["eval_every"] == 0 or step == last_step
-        if measure and val_set:
-            with autocast:
-                row["val_loss"] = evaluate(model, val_set)
+        extra = {"total_steps": last_step, "model": model}
+        scheduled = step % eval_every == 0 or step == total_steps
+        if val_set and (scheduled or step == last_step):
+            with autocast:  # what only max_steps asks for is told, not kept: so N + N steps are 2N
+                (row if scheduled else extra)["val_loss"] = evaluate(model, val_set)
         run["metrics"].append(row)
         due = step % (config["checkpoint_every"] or often) == 0 or step == last_step
         if due or row.get("val_loss", math.inf) < run["best_val_loss"]:
             saved = save(plot=step == last_step)
-        extra = {"total_steps": last_step, "model": model}
-        if measure and rank == 0:
-            written = generate(model, prompt, max_new_tokens=40, eos_id=tokenizer.eot_token)
-            extra["sample"] = token_ids_to_text(written, tokenizer)
+        if rank == 0 and (scheduled or step == last_step):
+            extra["sample"] = token_ids_to_text(generate(model, prompt, 40, eos_id=tokenizer.eot_token), tokenizer)
         try:
             yield row | extra
         except GeneratorExit:  # the caller stops here
             saved = save(plot=True)
             break
     if not saved:
-        raise OSError(f"step {run['step']}, the last, could not be saved in {folder}")
+        raise OSError(f"step {run['step']}, the last, is not saved in {folder}")
 
-# ---- 7. Generation: logits become probabilities, probabilities a token, the token the next input ----
+# ---- 7. Generation: logits become probabilities, these a token, and that the next input ----
 class KeyValueCache:
     """Keys and values of the tokens that one block has read; later tokens do not change them."""
 
@@ -500,7 +496,7 @@ def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: in
                              top_p: float | None = None) -> Tensor:
     """logits (B, V) -> probabilities (B, V). Temperature below 1 sharpens, above 1 flattens.
 
-    `top_k` keeps the most probable k (Fan et al., 2018), `top_p` those that reach p (Holtzman et al., 2020).
+    top_k keeps the k most probable (Fan et al., 2018), top_p those that reach p (Holtzman et al., 2020).
     """
     check_sampling(temperature, top_k, top_p)  # section 9
     if temperature == 0:  # the limit: all on the most probable token
@@ -533,11 +529,9 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: floa
              use_cache: bool = True, on_token: Callable[[Tensor], None] | None = None) -> Tensor:
     """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`. Temperature 0: greedy.
 
-    Ends when every row has produced `eos_id`; rows that have are filled up with it. `on_token` gets each new
-    column (B, 1). When the context is full, the model goes on from its last half, read anew, cache or not.
+    Ends when every row has produced `eos_id`; rows that have are filled up with it. `on_token` gets each (B, 1).
+    When the context is full, the model goes on from its last half, read anew, with a cache or without.
     """
-    if idx.dim() != 2 or idx.numel() == 0:
-        raise ValueError(f"idx has the shape {tuple(idx.shape)}; give (batch, tokens), not empty")
     model.eval()
     context = model.config["context_length"]
     idx = idx.to(next(model.parameters()).device)
@@ -589,18 +583,18 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
     return ALPACA.format(paired, instruction, f"### Input:\n{context}\n\n" if context else "")
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs from a JSON object a line, or from a JSON list."""
-    text = path.read_text(encoding="utf-8-sig").strip()
-    entries = json.loads(text) if text.startswith("[") else text.split("\n")
+    """(prompt, completion) pairs: a JSON object a line, or a JSON list."""
+    with reading(path):
+        text = path.read_text(encoding="utf-8-sig").strip()
+        entries = json.loads(text) if text.startswith("[") else filter(str.strip, text.split("\n"))
     examples = []
     for number, entry in enumerate(entries, start=1):
         with reading(f"{path}, entry {number}"):
             entry = json.loads(entry) if isinstance(entry, str) else entry
             if "instruction" in entry:
-                prompt = instruction_prompt(entry["instruction"], entry.get("input") or "")
-                examples.append((prompt, str(entry["output"])))
-            else:
-                examples.append((str(entry["prompt"]), str(entry["completion"])))
+                entry["prompt"] = instruction_prompt(entry["instruction"], entry.get("input") or "")
+                entry["completion"] = entry["output"]
+            examples.append((str(entry["prompt"]), str(entry["completion"])))
     return examples
 
 def load_examples(config: dict) -> tuple[CompletionDataset, CompletionDataset | None]:
@@ -610,16 +604,16 @@ def load_examples(config: dict) -> tuple[CompletionDataset, CompletionDataset | 
     n_val = math.ceil(len(examples) * config["val_fraction"])
     log.info("data      %s: %s examples, %s to validate", config["data"], len(examples), n_val)
     if n_val == len(examples):
-        raise ValueError(f"{config['data']} has none to train on: lower val_fraction, or give more")
-    val_set = CompletionDataset(examples[:n_val], config["context_length"]) if n_val else None
-    return CompletionDataset(examples[n_val:], config["context_length"]), val_set
+        raise ValueError(f"{config['data']} leaves no example to train on: lower val_fraction")
+    sets = [CompletionDataset(part, config["context_length"]) for part in (examples[n_val:], examples[:n_val])]
+    return sets[0], sets[1] or None
 
 @torch.inference_mode()
-def classify(model: GPT2, dataset: CompletionDataset) -> list[str]:
-    """For each example, the most probable of all completions in the dataset."""
+def classify(model: GPT2, dataset: CompletionDataset, labels: Sequence[str] = ()) -> list[str]:
+    """For each example, the most probable of these completions, or of all in the dataset."""
     model.eval()
+    labels = labels or sorted({label for _, label in dataset.examples})
     device = next(model.parameters()).device
-    labels = sorted({completion for _, completion in dataset.examples})
     predicted = []
     for prompt, _ in dataset.examples:
         pairs = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
@@ -641,7 +635,7 @@ def check_model_config(config: dict, keys: Sequence[str] = MODEL_KEYS) -> dict:
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"{key} is {value!r:.80}; it must be of the type {kind.__name__}")
         low = int(key in AT_LEAST_1)
-        high = 0.99 if key in ("dropout_rate", "val_fraction") else 10**6 if key in AT_LEAST_1 else 10**9
+        high = 0.99 if key in ("dropout_rate", "val_fraction") else 10**6 if low else 10**9
         if kind in (int, float) and not low <= value <= high:
             raise ValueError(f"{key} is {value}; it must be from {low} to {high}")
     if config["emb_dim"] % config["n_heads"]:
@@ -658,12 +652,12 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 def check_config(given: dict) -> dict:
     """`CONFIG` with what is given. ValueError for an unknown key or a value that cannot be."""
     for key in given.keys() - CONFIG.keys():
-        raise ValueError(f"unknown key {key!r}; a config may have {', '.join(CONFIG)}")
+        raise ValueError(f"the config has an unknown key {key!r}: see CONFIG")
     config = check_model_config(CONFIG | given, tuple(CONFIG))
     if "min_learning_rate" not in given:
         config["min_learning_rate"] = min(config["min_learning_rate"], config["learning_rate"] / 4)
     if config["vocab_size"] < CONFIG["vocab_size"]:
-        raise ValueError(f"vocab_size {config['vocab_size']} is below that of GPT-2's tokens, 50257")
+        raise ValueError(f"vocab_size {config['vocab_size']} is below GPT-2's 50257")
     return config
 
 def pick_device(name: str) -> torch.device:
@@ -673,8 +667,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.ones(1, device=name).device  # the only sure test
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=name).item()  # the only sure test
+        return torch.device(name)
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"no device {name!r} here: try auto, cpu, cuda, mps, xpu") from error
 
 def mixed_precision(name: str, device: torch.device) -> tuple:
@@ -687,7 +682,6 @@ def mixed_precision(name: str, device: torch.device) -> tuple:
     if name not in types:
         raise ValueError(f"precision is {name!r}; it must be auto, fp32, bf16 or fp16")
     autocast = torch.autocast(device.type, types[name], enabled=name != "fp32")
-    # float16 has nothing below 6e-8, so the loss is scaled up; less once gradients pass 65,504.
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and name == "fp16")
     return types[name], autocast, scaler
 
@@ -714,13 +708,13 @@ def find_data(name: str) -> Path:
     raise FileNotFoundError(f"there is no file {name!r}: give a UTF-8 text, or .jsonl")
 
 def sha256_of(name: str) -> str:
-    """What tells one data file from another."""
+    """What tells one file from another."""
     with open(find_data(name), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 @contextlib.contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """Turn whatever a damaged file makes its readers raise into a ValueError that names it."""
+    """Make a ValueError with the file's name of whatever its readers raise."""
     try:
         yield
     except Exception as error:  # that can be anything
@@ -729,7 +723,7 @@ def reading(source: str | Path) -> Iterator[None]:
         raise ValueError(f"{source} cannot be used: {type(error).__name__}, {error!s:.300}") from error
 
 def write_file(path: Path, write: Callable) -> None:
-    """Let `write` fill a file that then takes the name `path`: so that is whole, or as before."""
+    """Let `write` fill a file that then takes the name `path`, which is whole or as before."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -737,7 +731,7 @@ def write_file(path: Path, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())  # or a power cut can keep the name and lose the bytes
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError, ImportError) as error:  # torch.save: a full disk; no matplotlib
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}") from error
 
@@ -750,6 +744,7 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_model_config(checkpoint["config"])
+        checkpoint["model"].keys()
         return checkpoint
 
 def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: bool) -> tuple:
@@ -759,6 +754,8 @@ def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: b
         raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
     old = {}
     may_change = {"context_length"}
+    if resume and (overwrite or init is not None):
+        raise ValueError("resume excludes init and overwrite")
     if resume:
         checkpoint = load_checkpoint(last, mmap=False)  # for the file will be replaced
         old = checkpoint["config"]
@@ -769,7 +766,7 @@ def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: b
     config = check_config(old | given)
     for key in old.keys() - may_change:
         if config[key] != old[key]:
-            raise ValueError(f"{key} must stay {old[key]!r}: leave it out, or use --init, --out")
+            raise ValueError(f"{key} must stay {old[key]!r}: leave it out")
     torch.manual_seed(config["seed"])
     model = GPT2(config)
     if init is not None:
@@ -778,10 +775,9 @@ def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: b
         with reading(f"a model for context_length {config['context_length']}"):
             model.load_state_dict(weights)
     device = pick_device(config["device"])
-    world = join_processes(device)[1]
     optimizer = make_optimizer(model.to(device), config)
     run = {"config": config, "step": 0, "tokens_seen": 0, "best_val_loss": math.inf, "metrics": [], "scaler": {}}
-    run["windows_per_step"] = config["batch_size"] * config["grad_accumulation"] * world
+    run["windows_per_step"] = config["batch_size"] * config["grad_accumulation"] * join_processes(device)[1]
     run["data_sha256"] = sha256_of(config["data"])
     if resume:
         with reading(last):
@@ -791,17 +787,16 @@ def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: b
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             for parameter, moments in optimizer.state.items():  # AdamW would write past a small one
-                if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
-                    raise ValueError("AdamW's moments and the parameters differ in shape")
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if (moments[key].shape, moments[key].stride()) != (parameter.shape, parameter.stride()):
+                        raise ValueError("AdamW's moments and the parameters differ in shape")
             run |= {key: checkpoint[key] for key in ("step", "tokens_seen", "best_val_loss", "metrics", "scaler")}
-            if run["step"] % checkpoint["eval_every"]:  # measured because max_steps ended the run there
-                run["metrics"][-1].pop("val_loss", None)
     if device.type == "cpu":
         keep_freed_memory()
     return config, model, optimizer, run
 
 def save_run(folder: Path | None, run: dict, model: GPT2, optimizer, scaler, plot: bool = False) -> bool:
-    """Write what a run leaves; best.pt if the last measurement is the lowest. False if that fails."""
+    """Write what a run leaves, best.pt after the lowest measurement. False if that fails."""
     if folder is None or int(os.environ.get("RANK") or 0) > 0:
         return True
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -825,24 +820,24 @@ def save_run(folder: Path | None, run: dict, model: GPT2, optimizer, scaler, plo
 
 def plot_losses(metrics: list[dict], file) -> None:
     """Draw the losses as PNG into an open file."""
-    from matplotlib.figure import Figure  # here, because only this needs it
+    from matplotlib.figure import Figure
     axes = Figure(figsize=(7, 4), dpi=100, layout="constrained").subplots()
     axes.plot(*zip(*((row["step"], row["train_loss"]) for row in metrics)), "#0072B2", label="training")
     if measured := [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]:
+        step, lowest = min(measured, key=lambda point: point[1])
         axes.plot(*zip(*measured), "o--", color="#D55E00", markersize=4, label="validation")
-        lowest = min(measured, key=lambda point: point[1])
-        axes.annotate(f"lowest {lowest[1]:.2f}", lowest, (0, -16), textcoords="offset points", ha="center")
+        axes.plot(step, lowest, "kv", label=f"lowest validation: {lowest:.2f}")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="center right")
     axes.figure.savefig(file, format="png")
 
 # ---- 10. Pretrained: the same model under other names, in the layout of Hugging Face ----
 OPENAI = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True}
-OPENAI_SIZES = {  # GPT-2 paper, table 2; the parameters are those of the released files
-    "gpt2": OPENAI | {"n_layers": 12, "n_heads": 12, "emb_dim": 768},  # 124,439,808
-    "gpt2-medium": OPENAI | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024},  # 354,823,168
-    "gpt2-large": OPENAI | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280},  # 774,030,080
-    "gpt2-xl": OPENAI | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600},  # 1,557,611,200
+OPENAI_SIZES = {  # GPT-2 paper, table 2; 124, 355, 774 and 1,558 million parameters
+    "gpt2": OPENAI | {"n_layers": 12, "n_heads": 12, "emb_dim": 768},
+    "gpt2-medium": OPENAI | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024},
+    "gpt2-large": OPENAI | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280},
+    "gpt2-xl": OPENAI | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600},
 }
 
 HUGGING_FACE_NAMES = {  # parts of our parameters' names: parts of theirs
@@ -852,7 +847,7 @@ HUGGING_FACE_NAMES = {  # parts of our parameters' names: parts of theirs
 TRANSPOSED = re.compile(r"\.c_(attn|proj|fc)\.weight$")  # stored input x output, as in OpenAI's conv1d
 CONFIG_NAMES = {"vocab_size": "vocab_size", "context_length": "n_positions", "emb_dim": "n_embd",
                 "n_heads": "n_head", "n_layers": "n_layer", "dropout_rate": "resid_pdrop"}
-HUGGING_FACE_CONFIG = {  # what a config.json must say, or leave out, for this file to compute the same
+HUGGING_FACE_CONFIG = {  # what a config.json must say, or leave out, to be computed right here
     "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -862,33 +857,26 @@ def load_pretrained(name_or_path: str | Path) -> GPT2:
     """A model in float32, on the CPU, in eval mode. What exists comes before OpenAI's."""
     path = Path(name_or_path)
     tensors = {}
-    if path.is_file():
-        checkpoint = load_checkpoint(path)
-        config = checkpoint["config"]
-        tensors = checkpoint["model"]
-    elif path.is_dir():
-        with reading(path / "config.json"):
+    if not path.exists() and str(path) not in OPENAI_SIZES:
+        raise FileNotFoundError(f"no model {str(path)!r}: train one, or give {', '.join(OPENAI_SIZES)}")
+    with reading(path):
+        if path.is_file():
+            checkpoint = load_checkpoint(path)
+            config = checkpoint["config"]
+            tensors = checkpoint["model"]
+        elif path.is_dir():
             given = {"resid_pdrop": 0.1} | json.loads((path / "config.json").read_text("utf-8"))
             for key, needed in HUGGING_FACE_CONFIG.items():
                 if given.get(key, needed) != needed:
                     raise ValueError(f"{key} is {given[key]!r}; only {needed!r} is supported")
             config = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items()} | {"qkv_bias": True}
-        for file in sorted(path.glob("model*.safetensors")):  # a large model has several
-            tensors |= read_safetensors(file)
-        with reading(path / "pytorch_model.bin"):
+            for file in sorted(path.glob("model*.safetensors")):  # a large model has several
+                tensors |= read_safetensors(file)
             tensors = tensors or torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    elif str(path) in OPENAI_SIZES:
-        config = OPENAI_SIZES[str(path)] | {"dropout_rate": 0.1}
-        host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        url = f"{host}/openai-community/{path}/resolve/main/pytorch_model.bin"
-        try:  # downloaded once, into the torch hub cache
-            tensors = torch.hub.load_state_dict_from_url(url, file_name=f"{path}.bin", weights_only=True)
-        except OSError as error:
-            raise OSError(f"no download of {url} ({error}): check network, HF_ENDPOINT") from error
-    else:
-        raise FileNotFoundError(f"no model {str(path)!r}: a checkpoint, a folder, {', '.join(OPENAI_SIZES)}")
-    weights = {}
-    with reading(path):
+        else:
+            config = OPENAI_SIZES[str(path)] | {"dropout_rate": 0.1}
+            tensors = download_openai(str(path))
+        weights = {}
         for name, tensor in tensors.items():
             name = name.removeprefix("transformer.")
             if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the causal mask
@@ -897,13 +885,24 @@ def load_pretrained(name_or_path: str | Path) -> GPT2:
             for ours, theirs in HUGGING_FACE_NAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = torch.empty(tensor.shape).copy_(tensor.detach())
-        embedding = weights["token_embedding.weight"]
-        if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, weights["token_embedding.weight"]):
             raise ValueError("lm_head.weight is not wte.weight; that is not supported")
         with torch.device("meta"):  # shapes without numbers: so the weights are in memory only once
             model = GPT2(config)
         model.load_state_dict(weights, assign=True)
         return model.eval()
+
+def download_openai(name: str) -> dict[str, Tensor]:
+    """The tensors of one of OpenAI's models, downloaded once into the torch hub cache."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{host}/openai-community/{name}/resolve/main/pytorch_model.bin"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return torch.hub.load_state_dict_from_url(url, file_name=f"{name}.bin", weights_only=True)
+    except Exception:  # no network, half a file, a login page
+        Path(torch.hub.get_dir(), "checkpoints", f"{name}.bin").unlink(missing_ok=True)
+        raise
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors: 8 bytes header length, header {name: {dtype, shape, data_offsets}}, data."""
@@ -926,13 +925,13 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     config = {theirs: ours[key] for key, theirs in CONFIG_NAMES.items()} | HUGGING_FACE_CONFIG
     config |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": ours["context_length"]}
     config |= {"attn_pdrop": ours["dropout_rate"], "embd_pdrop": ours["dropout_rate"]}
-    # Theirs always has a bias for queries, keys and values; zeros say the same as none.
+    # Theirs always has these biases; zeros say the same as none.
     weights = {f"h.{i}.attn.c_attn.bias": torch.zeros(3 * ours["emb_dim"]) for i in range(ours["n_layers"])}
     for name, tensor in model.state_dict().items():
         for our_part, their_part in HUGGING_FACE_NAMES.items():
             name = name.replace(our_part, their_part)
         weights[name] = (tensor.t() if TRANSPOSED.search(name) else tensor).float().cpu()
-    load_tokenizer()  # compares OpenAI's two files with their hashes
+    load_tokenizer()  # compares OpenAI's files with their hashes
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     contents = {"merges.txt": read_file_cached(url + "vocab.bpe")}
     contents["vocab.json"] = read_file_cached(url + "encoder.json")
@@ -943,12 +942,12 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
         write_file(folder / name, lambda file, content=content: file.write(content))
     log.info("wrote %s, a model that sees at most %s tokens", folder, ours["context_length"])
 
-# ---- 11. Large texts, fast CPUs: tokens in pieces, products of few rows, memory that is kept ----
-# No token runs from a visible character into white space: a cut between the two changes none.
+# ---- 11. Large texts, fast CPUs: tokens in pieces, products of few rows, memory kept ----
+# No token runs from a visible character into white space: so a cut there changes none.
 SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 def safe_pieces(path: Path) -> Iterator[str]:
-    """A file in pieces of a million characters, whose tokens are those of the whole."""
+    """A file in pieces of a million characters; their tokens are the file's."""
     rest = ""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
@@ -963,16 +962,15 @@ def safe_pieces(path: Path) -> Iterator[str]:
 
 def tokenize_file(name: str) -> Tensor:
     """The tokens of a text, made by all cores, as uint16: 2 bytes a token."""
-    path = find_data(name)
     cores = os.cpu_count()
-    pieces = safe_pieces(path)
+    pieces = safe_pieces(find_data(name))
     tokens = array("H")
     while group := list(itertools.islice(pieces, 2 * cores)):
         for ids in load_tokenizer().encode_batch(group, num_threads=cores, allowed_special="all"):
             tokens.extend(ids)
-        log.info("tokenising %s: %s tokens", path, f"{len(tokens):,}", extra={"live": True})
+        log.info("tokenising %s: %s tokens", name, f"{len(tokens):,}", extra={"live": True})
     if not tokens:
-        raise ValueError(f"{path} is empty: give a text")
+        raise ValueError(f"{name} is empty: give a text")
     return torch.frombuffer(tokens, dtype=torch.uint16)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -1001,7 +999,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: a step at 124M is 1.18 times as fast, and takes 0.9 GB more."""
+    """Let glibc keep freed memory: a step at 124M is 1.18 times as fast, for 0.9 GB more."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc: macOS, Windows, musl
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
@@ -1022,13 +1020,11 @@ class Notes(logging.Handler):
             text = "\r\x1b[K" + (text[: os.get_terminal_size(2).columns - 1] if live else text + "\n")
         else:
             text = "" if live else text + "\n"
-        with contextlib.suppress(OSError):  # nobody reads, or the disk is full: the run goes on
+        with contextlib.suppress(OSError):  # nobody reads, or a full disk: the run goes on
             print(text, end="", file=sys.stderr, flush=True)
 
 def run_train(args) -> None:
     """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
-    if args.model_size and args.model_size not in OPENAI_SIZES:
-        raise ValueError(f"model_size {args.model_size!r} is none of {', '.join(OPENAI_SIZES)}")
     given = OPENAI_SIZES.get(args.model_size, {}) | {key: args.given[key] for key in args.given.keys() & CONFIG.keys()}
     run = train(given, out=args.out, init=args.init or None, resume=args.resume, overwrite=args.overwrite)
     signals = []
@@ -1036,7 +1032,8 @@ def run_train(args) -> None:
     def stop(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)  # the second one does not wait
-        os.write(2, b"\nfinishing this step, then saving\n")
+        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended `| tee`
+            os.write(2, b"\nfinishing this step, then saving\n")
 
     started = time.monotonic()
     for steps, row in enumerate(run, start=1):
@@ -1044,17 +1041,23 @@ def run_train(args) -> None:
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         left = (time.monotonic() - started) / steps * (row["total_steps"] - row["step"])
-        text = f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}"
-        text += f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
-        text += f"  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        log.info(text, extra={"live": "sample" not in row})
+        val_loss = f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
+        log.info(f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}{val_loss}"
+                 f"  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left",
+                 extra={"live": "sample" not in row})
         if "sample" in row:
-            log.info(textwrap.fill(row["sample"], 78, initial_indent="    ", subsequent_indent="    "))
-        if sum_over_processes(len(signals)) and row["step"] < row["total_steps"]:  # all stop together
+            log.info(textwrap.indent(textwrap.fill(row["sample"], 74), "    "))
+        stopped = sum_over_processes(len(signals)) and row["step"] < row["total_steps"]
+        if stopped:
             run.close()
-            log.info("saved step %s; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
-            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    log.info("done; next: python gpt2.py generate --model %s", Path(args.out) / "last.pt")
+            break
+    sum_over_processes(0)  # wait for the process that saves
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped:
+        log.info("saved step %s; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
+        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    log.info("done; next: python gpt2.py generate --model %s/last.pt", args.out)
 
 def run_generate(args) -> None:
     """Print texts as they are made."""
@@ -1065,8 +1068,8 @@ def run_generate(args) -> None:
     tokenizer = load_tokenizer()
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     end = tokenizer.eot_token  # which also begins a text, if there is no prompt
-    asked = instruction_prompt(prompt) if args.instruct else prompt
-    ids = text_to_token_ids(asked, tokenizer) if asked else torch.tensor([[end]])
+    ids = text_to_token_ids(instruction_prompt(prompt) if args.instruct else prompt, tokenizer)
+    ids = ids if ids.numel() else torch.tensor([[end]])
     if ids.size(1) > model.config["context_length"]:
         log.info("of %s tokens, only the last %s are seen", ids.size(1), model.config["context_length"])
 
@@ -1090,10 +1093,10 @@ def run_eval(args) -> None:
     model = load_model(args)
     context = model.config["context_length"]
     config = CONFIG | {"data": args.data, "context_length": context, "val_fraction": 0.0}
-    checkpoint = load_checkpoint(args.model) if Path(args.model).is_file() else {}
-    if checkpoint.get("data_sha256") == sha256_of(args.data) and not args.all:
-        log.info("trained on this file: measuring what was held back, without --all")
-        config = checkpoint["config"] | {"data": args.data}
+    checkpoint = load_checkpoint(args.model) if Path(args.model).is_file() and not args.all else {}
+    if checkpoint.get("data_sha256") == sha256_of(args.data):
+        config = check_config(checkpoint["config"] | {"data": args.data})
+        log.info("trained on this file: measuring the part held back, if any")
     train_set, val_set = load_data(config)
     dataset = val_set or train_set
     is_text = isinstance(dataset, GPTDataset)
@@ -1102,36 +1105,38 @@ def run_eval(args) -> None:
     loss = evaluate(model, dataset, stride=args.given.get("stride") or max(1, context // 2))
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": len(scored)}
     report["bits_per_byte"] = loss * len(scored) / math.log(2) / max(1, len(text))
-    if not is_text and 2 <= len({label for _, label in dataset.examples}) <= 50:
-        right = [label == true for label, (_, true) in zip(classify(model, dataset), dataset.examples)]
+    labels = set() if is_text else {label for _, label in train_set.examples + dataset.examples}
+    if 2 <= len(labels) <= 50:
+        predicted = classify(model, dataset, sorted(labels))
+        right = [guess == label for guess, (_, label) in zip(predicted, dataset.examples)]
         report["accuracy"] = sum(right) / len(right)
     lines = [f"{k:<14}{v:>14,.4f}" if isinstance(v, float) else f"{k:<14}{v:>14,}" for k, v in report.items()]
     print(json.dumps(report) if args.json else "\n".join(lines))
 
 def load_model(args) -> GPT2:
-    """The model of a command; on a CPU in fp32 by default: greedy text is the same everywhere."""
+    """The model of a command; on a CPU in fp32 by default, for the same text everywhere."""
     model = GPT2.from_pretrained(args.model)
     if model.config["vocab_size"] < CONFIG["vocab_size"]:
-        raise ValueError(f"{args.model} knows {model.config['vocab_size']} tokens, GPT-2 has 50257")
+        raise ValueError(f"{args.model} knows {model.config['vocab_size']} tokens, fewer than GPT-2")
     device = pick_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
     return model.to(device, mixed_precision(precision, device)[0])
 
 OPTIONS = {  # beside keys of CONFIG
     "model": "checkpoints/last.pt",  # a checkpoint, a Hugging Face folder, gpt2, gpt2-medium, ...
-    "model_size": "",  # gpt2, gpt2-medium, ...: OpenAI's size; other options win over it
+    "model_size": "",  # one of OpenAI's sizes; other options win over it
     "init": "",  # a model to start from
     "resume": False,  # continue the run in --out exactly
     "overwrite": False,  # replace the run in --out
-    "out": "checkpoints",  # folder for what the run leaves
+    "out": "checkpoints",  # folder for what a run leaves
     "max_tokens": 100,  # most tokens to write
     "do_sample": False,  # draw tokens; the next three imply it
     "temperature": 1.0,  # below 1 safer, above 1 wilder
     "top_k": 0,  # draw from so many most probable tokens; 0: from all
-    "top_p": 1.0,  # draw from the most probable tokens that reach this probability
+    "top_p": 1.0,  # draw from the fewest tokens that reach this probability
     "num_samples": 1,  # texts
     "instruct": False,  # the prompt is an instruction: print only the response
-    "all": False,  # measure all of a file that the model was trained on
+    "all": False,  # measure all of a file, trained on or not
     "json": False,  # print one JSON object
 }
 COMMANDS = {
@@ -1143,7 +1148,7 @@ COMMANDS = {
 }
 
 def make_parser() -> argparse.ArgumentParser:
-    """The four commands. An option's help is the comment beside it, in CONFIG or OPTIONS."""
+    """The commands. An option's help is the comment beside it, in CONFIG or OPTIONS."""
     parser = argparse.ArgumentParser(prog="gpt2.py", description=__doc__.partition("\n")[0])
     parsers = parser.add_subparsers(metavar="{train,generate,eval,export}", required=True, dest="command")
     comments = dict(re.findall(r'^    "(\w+)": .+,  # (.+)$', Path(__file__).read_text("utf-8"), re.MULTILINE))
@@ -1153,10 +1158,12 @@ def make_parser() -> argparse.ArgumentParser:
         for key in keys:
             value = (OPTIONS | CONFIG)[key]
             kind = {"type": type(value), "metavar": type(value).__name__.upper()}
+            if key == "model_size":
+                kind["choices"] = OPENAI_SIZES
             if isinstance(value, bool):
                 kind = {"action": argparse.BooleanOptionalAction if key in CONFIG else "store_true"}
-            text = f"{comments[key]} (default: {value})"
-            command.add_argument(f"--{key}", default=argparse.SUPPRESS, help=text, **kind)
+            kind["help"] = f"{comments[key]} (default: {value})"
+            command.add_argument(f"--{key}", default=argparse.SUPPRESS, **kind)
         if name == "generate":
             command.add_argument("prompt", nargs="?", default="I HAD always thought", help="- is standard input")
         if name == "export":
@@ -1164,7 +1171,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0, 2 after a line that says what is wrong, 130 to 143 if stopped."""
+    """Run a command. Exit status: 0, or 2 after a line that says what is wrong, 130 to 143 if stopped."""
     given = vars(make_parser().parse_args(arguments))
     args = argparse.Namespace(**OPTIONS | CONFIG | given, given=given)
     log.addHandler(Notes())
@@ -1178,7 +1185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         message = " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
         if "memory" not in repr(error).lower():  # a mistake of this program
@@ -1188,4 +1195,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the system's encoding
     sys.exit(main())
