@@ -54,9 +54,9 @@ SMALL = TINY | {"vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1} 
 @pytest.fixture(autouse=True)
 def clean_process():
     """The command line changes its process: signals and log handlers. Put them back."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before:
+    for number, handler in before.items():
         signal.signal(number, handler)
     gpt2.log.handlers.clear()
     gpt2.log.setLevel(logging.NOTSET)
@@ -162,9 +162,8 @@ def assert_same_run(folder, reference, best=True):
 
 def words(config):
     """A config as options of the command line."""
-    pairs = [(f"--{key}", str(value)) if not isinstance(value, bool) else (f"--{'' if value else 'no-'}{key}",)
-             for key, value in config.items()]
-    return list(itertools.chain(*pairs))
+    flags = [f"--{'' if value else 'no-'}{key}" for key, value in config.items() if isinstance(value, bool)]
+    return flags + [f"--{key}={value}" for key, value in config.items() if not isinstance(value, bool)]
 
 def write(path, text):
     Path(path).write_text(text, encoding="utf-8", newline="")
@@ -179,13 +178,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
-    """A run with dropout and accumulation: two epochs of 7 steps, the last of each with fewer windows.
-
-    The text comes twice, so that what is learnt of it helps on its end.
-    """
+    """Two epochs of 7 steps, the last with fewer windows. The text comes twice: so its end can be learnt."""
     path = write(tmp_path_factory.mktemp("text") / "short.txt", VERDICT[:400] * 2)
-    return SMALL | {"dropout_rate": 0.1, "data": str(path), "batch_size": 3, "grad_accumulation": 2, "epochs": 2,
-                    "learning_rate": 1e-3, "warmup_steps": 2}
+    return SMALL | {"dropout_rate": 0.1, "data": str(path), "batch_size": 3, "grad_accumulation": 2,
+                    "epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2}
 
 @pytest.fixture(scope="session")
 def one_window(tmp_path_factory, tokenizer):
@@ -216,11 +212,12 @@ def openai_weights(model):
     stems = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.query_key_value",
              "attn.c_proj": "attention.projection", "mlp.c_fc": "feed_forward.expand",
              "mlp.c_proj": "feed_forward.projection"}
-    pairs = [(f"h.{i}.{their}", f"blocks.{i}.{our}") for i in range(len(model.blocks)) for their, our in stems.items()]
+    layers = range(model.config["n_layers"])
+    pairs = [(f"h.{i}.{their}", f"blocks.{i}.{our}") for i in layers for their, our in stems.items()]
     for their, our in [*pairs, ("ln_f", "final_norm")]:
         weight = ours[f"{our}.weight"]
         theirs[f"{their}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
-        theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))  # there may be none
+        theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
     return theirs
 
 def reference_logits(weights, n_heads, ids):
@@ -241,15 +238,16 @@ def reference_logits(weights, n_heads, ids):
         return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
     stream = [w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)]
-    for block in itertools.takewhile(lambda b: b + "ln_1.weight" in w, (f"h.{i}." for i in itertools.count())):
+    for block in (f"h.{i}." for i in range(99) if f"h.{i}.ln_1.weight" in w):
         parts = [dense(norm(x, block + "ln_1"), block + "attn.c_attn").split(width) for x in stream]
-        for t in range(len(stream)):
+        for t, x in enumerate(stream):
             outputs = []
             for head in (slice(h * size, (h + 1) * size) for h in range(n_heads)):
-                scores = [(parts[t][0][head] @ k[head]).item() / math.sqrt(size) for _, k, _ in parts[: t + 1]]
+                query = parts[t][0][head]
+                scores = [(query @ key[head]).item() / math.sqrt(size) for _, key, _ in parts[: t + 1]]
                 shares = [math.exp(score - max(scores)) for score in scores]
-                outputs.append(sum(share / sum(shares) * v[head] for share, (_, _, v) in zip(shares, parts)))
-            stream[t] = stream[t] + dense(torch.cat(outputs), block + "attn.c_proj")
+                outputs.append(sum(a / sum(shares) * v[head] for a, (_, _, v) in zip(shares, parts)))
+            stream[t] = x + dense(torch.cat(outputs), block + "attn.c_proj")
         for t, x in enumerate(stream):
             hidden = dense(norm(x, block + "ln_2"), block + "mlp.c_fc")
             bent = torch.tensor([gelu(v) for v in hidden.tolist()], dtype=torch.float64)
@@ -262,24 +260,15 @@ class TestAttention:
     @cases("causal", [False, True])
     def test_one_head_is_the_formula(self, causal):
         torch.manual_seed(0)
-        head = gpt2.CausalAttention(6, 4, 7, 0.0, qkv_bias=True) if causal else gpt2.SelfAttention(6, 4, True)
+        head = gpt2.CausalAttention(6, 4, 7, 0.0, True) if causal else gpt2.SelfAttention(6, 4, True)
         x = torch.randn(2, 5, 6)
         q, k, v = (layer(x) for layer in (head.query, head.key, head.value))
-        weights = torch.zeros(2, 5, 5)
         for b, t in itertools.product(range(2), range(5)):
-            shares = [math.exp(float(q[b, t] @ k[b, s]) / math.sqrt(4)) for s in range(t + 1 if causal else 5)]
-            weights[b, t, : len(shares)] = torch.tensor(shares) / sum(shares)
-        assert torch.allclose(head.weights(x), weights, atol=1e-6)
-        assert torch.allclose(head(x), weights @ v, atol=1e-6)
-        assert not causal or (head.weights(x).triu(1) == 0).all()  # exactly nothing of the future
-
-    def test_dropout_of_one_head_forgets_links_in_training_only(self):
-        torch.manual_seed(0)
-        head = gpt2.CausalAttention(6, 4, 30, 0.5)
-        x = torch.randn(4, 30, 6)
-        assert 0.4 < (head.weights(x) != 0).sum() / (4 * 30 * 31 / 2) < 0.6
-        assert torch.allclose(head.eval().weights(x).sum(-1), torch.ones(4, 30))
-
+            n_seen = t + 1 if causal else 5
+            shares = [math.exp(float(q[b, t] @ k[b, s]) / math.sqrt(4)) for s in range(n_seen)]
+            weights = torch.tensor(shares + [0.0] * (5 - n_seen)) / sum(shares)
+            assert torch.allclose(head.weights(x)[b, t], weights, atol=1e-6)
+            assert torch.allclose(head(x)[b, t], weights @ v[b], atol=1e-6)
     def test_attention_dropout_drops_links_and_then_values(self):
         """With a single token each head has one link, dropped or doubled; and so is then each value."""
         torch.manual_seed(0)
@@ -288,16 +277,19 @@ class TestAttention:
         many.projection.bias.data.zero_()
         x = torch.randn(500, 1, 12)
         ratio = (many(x) / many.eval()(x)).detach().round(decimals=2)
-        assert ratio.unique().tolist() == [0, 4] and 0.22 < (ratio > 0).float().mean() < 0.28
-        heads = (ratio > 0).view(500, 3, 4).any(-1).float().mean()  # half, but for those whose values all fell
-        assert heads.item() == approx(0.5 * 15 / 16, abs=0.05)
+        heads = (ratio > 0).view(500, 3, 4).any(-1).float().mean()  # half, but for those that lost all values
+        assert ratio.unique().tolist() == [0, 4] and heads.item() == approx(0.5 * 15 / 16, abs=0.05)
+        single = gpt2.CausalAttention(12, 4, 500, 0.5)
+        kept = (single.weights(x.transpose(0, 1)) > 0).sum() / (500 * 501 / 2)
+        assert kept.item() == approx(0.5, abs=0.05)
 
 class TestBlock:
     def test_feed_forward_dropout_drops_its_output(self):
         torch.manual_seed(0)
         feed_forward = gpt2.FeedForward(TINY | {"dropout_rate": 0.5})
         x = torch.randn(50, 12)
-        assert (feed_forward(x) / feed_forward.eval()(x)).detach().round(decimals=3).unique().tolist() == [0, 2]
+        ratio = (feed_forward(x) / feed_forward.eval()(x)).detach().round(decimals=3)
+        assert ratio.unique().tolist() == [0, 2]
 
 class TestModel:
     @cases("bias", [True, False])
@@ -308,13 +300,11 @@ class TestModel:
             idx = some_ids(2, length, seed=length)
             expected = torch.stack([reference_logits(openai_weights(model), heads, row) for row in idx])
             assert torch.allclose(model(idx).double(), expected, atol=1e-4)
-
     @cases("scale", [1e-3, 0.02, 1.0, 3.0])
     def test_it_is_the_reference_where_epsilon_and_the_form_of_gelu_matter(self, scale):
         model = lively(TINY | {"n_layers": 3}, scale).double()
         expected = reference_logits(openai_weights(model), 3, some_ids(8))
         assert torch.allclose(model(some_ids(1, 8))[0], expected, rtol=1e-8, atol=1e-9 * scale)
-
     @cases("chunks", [[1] * 8, [3, 1, 4], [5, 3], [1, 7], [8]])
     def test_read_in_chunks_with_a_cache_it_is_the_reference(self, chunks):
         model = lively(TINY)
@@ -327,7 +317,6 @@ class TestModel:
             assert torch.allclose(model(idx, last_only=True).double(), expected[:, -1:], atol=1e-4)
         refused("9.* 8", lambda: model(idx[:, :1], cache))  # the cache is full
         refused("9.* 8", lambda: model(some_ids(1, 9)))
-
     def test_embedding_dropout_acts_on_the_sum_of_token_and_position(self):
         model = lively(TINY | {"dropout_rate": 0.5, "n_layers": 1})
         for layer in (model.blocks[0].attention.projection, model.blocks[0].feed_forward.projection):
@@ -338,7 +327,6 @@ class TestModel:
         model.train()(some_ids(8, 8))
         model.eval()(some_ids(8, 8))
         assert (streams[0] / streams[1]).round(decimals=3).unique().tolist() == [0, 2]
-
     def test_initial_weights_have_the_stated_spread_and_such_a_model_guesses(self):
         torch.manual_seed(0)
         model = gpt2.GPT2(TINY | {"vocab_size": 900, "emb_dim": 96, "n_layers": 8, "context_length": 200})
@@ -346,32 +334,26 @@ class TestModel:
             if parameter.dim() == 2:
                 std = 0.02 / 4 if "projection" in name else 0.02  # 2 · 8 layers: the root is 4
                 assert parameter.std().item() == approx(std, rel=0.05), name
-                assert abs(parameter.mean().item()) < 0.1 * std, name
             else:
                 assert (parameter == (1.0 if "norm" in name and "weight" in name else 0.0)).all(), name
         ids = some_ids(2, 200, vocab=900)
-        loss = gpt2.summed_loss(model(ids), ids.roll(1, 0)) / 400
-        assert loss.item() == approx(math.log(900), abs=0.1)
+        assert gpt2.summed_loss(model(ids), ids.roll(1, 0)).item() / 400 == approx(math.log(900), abs=0.1)
 
 class TestData:
     def test_text_to_ids_and_back(self, tokenizer):
         text = "Hello, 🙂 <|endoftext|> world"
         ids = gpt2.text_to_token_ids(text, tokenizer)
         assert ids.tolist() == [tokenizer.encode_ordinary(text)] and END not in ids
-        assert [gpt2.token_ids_to_text(i, tokenizer) for i in (ids, ids[0], ids[0].tolist())] == [text] * 3
+        assert all(gpt2.token_ids_to_text(i, tokenizer) == text for i in (ids, ids[0], ids[0].tolist()))
         assert gpt2.token_ids_to_text([0, END, 50257], tokenizer) == "!<|endoftext|>"  # nothing is beyond
-
-    @cases("stride, shift, starts", [
-        (None, 0, [0, 4, 8]), (1, 0, range(12)), (3, 0, [0, 3, 6, 9]), (9, 0, [0, 9]), (5, 3, [0, 2, 7])])
+    @cases("stride, shift, starts", [(None, 0, [0, 4, 8]), (1, 0, range(12)), (3, 0, [0, 3, 6, 9]),
+                                     (9, 0, [0, 9]), (5, 3, [0, 2, 7])])
     def test_windows_begin_every_stride_less_the_shift_and_targets_are_one_ahead(self, stride, shift, starts):
-        dataset = gpt2.GPTDataset(torch.arange(100, 116)[None], 4, stride)
+        dataset = gpt2.GPTDataset(torch.arange(16)[None], 4, stride)
         dataset.shift = shift
-        assert len(dataset) == len(starts)
-        for i, begin in enumerate(starts):
-            x, y = dataset[i]
-            assert x.tolist() == list(range(100 + begin, 104 + begin)) and y.tolist() == (x + 1).tolist()
-            assert x.dtype == y.dtype == torch.long
-
+        windows = [dataset[i] for i in range(len(dataset))]
+        assert [x.tolist() for x, _ in windows] == [list(range(begin, begin + 4)) for begin in starts]
+        assert all(torch.equal(x + 1, y) and x.dtype == y.dtype == torch.long for x, y in windows)
     @cases("change, n_val", [({}, 515), ({"max_val_tokens": 100}, 100), ({"val_fraction": 0.0}, 0),
                              ({"val_fraction": 0.00021}, 2), ({"context_length": 4629, "stride": 7}, 515)])
     def test_the_end_of_the_tokens_is_held_back_and_the_rest_cut_into_windows(self, tokenizer, change, n_val):
@@ -382,7 +364,6 @@ class TestData:
         assert train_set.starts.step == change.get("stride", 32)  # else half the context
         for key, value in (("context_length", 4630), ("max_val_tokens", 1)):
             refused("too few .*context.*val_fraction", lambda: gpt2.load_data(gpt2.CONFIG | {key: value}))
-
     def test_a_validation_text_shorter_than_the_context_is_measured_whole(self, tokenizer):
         _, val_set = gpt2.load_data(gpt2.CONFIG | SMALL | {"max_val_tokens": 5})
         ids = torch.tensor([tokenizer.encode(VERDICT)[-5:]])
@@ -401,7 +382,6 @@ class TestConfig:
             "sample_prompt": "", "device": "auto", "precision": "auto", "compile": False}
         with torch.device("meta"):
             assert gpt2.GPT2(gpt2.CONFIG).num_parameters() == 7_234_432
-
     @cases("key", gpt2.CONFIG)
     def test_a_value_of_another_type_or_out_of_its_limits_names_its_key(self, key):
         kind = type(gpt2.CONFIG[key])
@@ -417,17 +397,15 @@ class TestConfig:
                 assert gpt2.check_config(fitting | {key: good})[key] == good
         for value in bad:
             refused(key, lambda: gpt2.check_config({key: value}))
-
     def test_what_does_not_fit_together_is_named_and_a_low_learning_rate_lowers_the_lowest(self):
-        for given, lowest in (({"learning_rate": 4e-4}, 1e-4), ({"learning_rate": 1e-4}, 2.5e-5),
-                              ({"learning_rate": 1, "min_learning_rate": 9e-5}, 9e-5)):  # a whole number will do
+        for given, lowest in (({}, 1e-4), ({"learning_rate": 1}, 1e-4), ({"learning_rate": 1e-4}, 2.5e-5),
+                              ({"learning_rate": 1e-4, "min_learning_rate": 9e-5}, 9e-5)):
             assert gpt2.check_config(given)["min_learning_rate"] == lowest
         refused("epohcs", lambda: gpt2.check_config({"epohcs": 3}))
         refused("vocab_size 61", lambda: gpt2.check_config({"vocab_size": 61}))  # a run needs all of GPT-2's
         refused("emb_dim 13 .* n_heads 3", lambda: gpt2.GPT2(TINY | {"emb_dim": 13}))
         for key in TINY:
             refused(key, lambda: gpt2.GPT2({name: value for name, value in TINY.items() if name != key}))
-        assert gpt2.GPT2(gpt2.CONFIG | TINY).config == TINY
 
 class TestTraining:
     def test_the_learning_rate_rises_in_a_line_over_at_most_a_quarter_and_falls_in_half_a_cosine(self):
@@ -439,14 +417,12 @@ class TestTraining:
         assert rates[:10] == approx([0.1 * step for step in range(1, 11)]) and 0.99 < rates[10] < 1.0
         assert [gpt2.learning_rate_at(step, schedule, 3) for step in (1, 2, 3)] == approx([0.75, 0.25, 0])
         assert gpt2.learning_rate_at(1, schedule | {"warmup_steps": 0, "min_learning_rate": 0.3}, 1) == 0.3
-
     def test_only_matrices_decay(self):
         model = gpt2.GPT2(TINY)
         groups = gpt2.make_optimizer(model, {"weight_decay": 0.3, "learning_rate": 1e-3}).param_groups
         decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in model.parameters()}
-        assert all((group["betas"], group["lr"], group["fused"]) == ((0.9, 0.95), 1e-3, True) for group in groups)
-
+        assert all(group["betas"] == (0.9, 0.95) and group["fused"] for group in groups)
     def test_the_schedule_moves_norms_and_biases_too(self, one_window):
         """AdamW's first step moves each number by the learning rate: so this says which rate each had."""
         given = one_window | {"warmup_steps": 10, "epochs": 40, "weight_decay": 0.0}
@@ -455,7 +431,6 @@ class TestTraining:
         for name, before in lively(SMALL).state_dict().items():
             moved = (row["model"].state_dict()[name] - before).abs().max().item()
             assert moved == approx(1e-4, rel=0.02), name
-
     def epochs(self, n, world=1, **config):
         """The windows that each of four epochs takes, in order; a step takes 6 in each process."""
         dataset = [(torch.tensor([i]), torch.tensor([i])) for i in range(n)]
@@ -467,20 +442,17 @@ class TestTraining:
             assert all(len(y) <= 4 for _, y in batches)
             taken += [i for _, y in batches for i in y.flatten().tolist() if i != -100]
         return [tuple(taken[i : i + n]) for i in range(0, len(taken), n)]
-
     def test_windows_are_shuffled_anew_in_each_epoch_and_each_is_taken_once(self):
         epochs = self.epochs(38) + self.epochs(38, seed=7)
         assert all(sorted(epoch) == list(range(38)) and list(epoch) != sorted(epoch) for epoch in epochs)
-        assert len(set(epochs)) == 8 and epochs[:4] == self.epochs(38)  # no two the same, but by the same seed
-
+        assert len(set(epochs)) == 8 and epochs[:4] == self.epochs(38)  # only the same seed repeats them
     def test_processes_share_the_windows_and_one_without_any_counts_nothing(self):
         for epoch, alone in zip(self.epochs(26, world=4), self.epochs(26), strict=True):
             assert sorted(epoch) == list(range(26)) and set(epoch[:24]) == set(alone[:24])
-        run = {"config": gpt2.CONFIG, "windows_per_step": 24}
         dataset = [(torch.tensor([5]), torch.tensor([6]))]
+        run = {"config": gpt2.CONFIG, "windows_per_step": 24}
         (x, y), = gpt2.batches_of_step(dataset, 1, run, rank=1, world=4)
         assert (x.tolist(), y.tolist(), dataset[0][1].tolist()) == ([[5]], [[-100]], [6])
-
     def test_windows_are_cut_elsewhere_in_each_epoch(self):
         """Each epoch has one shift for all its windows, below the stride."""
         dataset = gpt2.GPTDataset(range(400), 20, 8)
@@ -492,13 +464,11 @@ class TestTraining:
             shifts.add(8 - starts[1])
             assert starts == [max(0, start - (8 - starts[1])) for start in range(0, 380, 8)]
         assert shifts == set(range(8))
-
     def test_the_same_batch_is_dropped_out_differently_in_every_step(self, one_window):
         still = one_window | {"learning_rate": 0.0, "min_learning_rate": 0.0}
         for rate, kinds in ((0.5, 5), (0.0, 1)):
             rows = gpt2.train(still | {"dropout_rate": rate}, out=None)
             assert len({row["train_loss"] for row in rows}) == kinds
-
     @cases("stride", [None, 8, 5, 1, 1000])
     @cases("length", [9, 16, 17, 25, 30])
     def test_evaluate_counts_each_token_once_with_the_context_its_stride_leaves(self, stride, length):
@@ -511,15 +481,6 @@ class TestTraining:
             total -= torch.log_softmax(model(ids[None, begin:t])[0, -1], dim=-1)[ids[t]].item()
         loss = gpt2.evaluate(model.train(), gpt2.GPTDataset(ids, 8), stride=stride)
         assert loss == approx(total / (length - 1), rel=1e-5) and not model.training
-
-    def test_evaluate_takes_many_batches_and_examples_of_any_length(self, examples):
-        for context, dataset in ((400, gpt2.GPTDataset(some_ids(2000), 400)),
-                                 (12, gpt2.CompletionDataset(gpt2.read_examples(examples), 12))):
-            model = lively(SMALL | {"context_length": context})
-            pairs = list(dataset.scoring_windows()) if context == 400 else dataset
-            total = sum(gpt2.summed_loss(model(x[None]), y[None]).item() for x, y in pairs)
-            assert gpt2.evaluate(model, dataset) == approx(total / sum((y >= 0).sum().item() for _, y in pairs))
-
     @cases("kind", ["text", "examples"])
     def test_accumulated_batches_equal_one_big_batch(self, config, examples, kind):
         """Also when examples differ in length, where a mean of means would be another number."""
@@ -530,7 +491,6 @@ class TestTraining:
         assert runs[0][0]["train_loss"] == approx(math.log(50257), abs=0.1)  # a mean, not a sum
         assert_close(runs[1], runs[0])
         assert_close(runs[2], runs[0])
-
     @cases("clip, used", [(0.0, None), (0.01, 0.01), (1e6, None)])
     def test_the_gradient_is_reported_before_it_is_clipped(self, tmp_path, config, clip, used):
         row, = gpt2.train(config | {"grad_clip": clip, "max_steps": 1}, out=tmp_path)
@@ -539,7 +499,6 @@ class TestTraining:
         means = [state["exp_avg"] for state in load(tmp_path / "last.pt")["optimizer"]["state"].values()]
         norm = math.sqrt(sum(mean.double().square().sum().item() for mean in means))
         assert norm == approx(0.1 * (used or row["grad_norm"]), rel=1e-3)  # AdamW takes a tenth
-
     def test_a_run_counts_its_epochs_and_tokens_and_measures_ten_times(self, whole, config, one_window):
         n_windows = len(gpt2.load_data(gpt2.CONFIG | config)[0])
         rows = metrics_of(whole)
@@ -548,70 +507,63 @@ class TestTraining:
         assert [rows[i]["tokens_seen"] for i in (0, 5, 6, 13)] == [48, 48 * 6, 8 * n_windows, 16 * n_windows]
         assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6, 8, 10, 12, 14]
         assert all("sample" in row for row in gpt2.train(one_window | {"epochs": 25}, out=None))  # each epoch
-
     def test_what_a_row_says_is_true_of_its_model_and_max_steps_leaves_the_schedule_alone(
             self, config, whole, tokenizer):
         train_set, val_set = gpt2.load_data(gpt2.CONFIG | config)
         rows = []
         for row in gpt2.train(config | {"max_steps": 5, "eval_every": 3}, out=None):
             rows.append(row)
-            assert ("sample" in row, "val_loss" in row, row["total_steps"]) == (*[row["step"] in (3, 5)] * 2, 5)
+            assert ("sample" in row) == ("val_loss" in row) == (row["step"] in (3, 5))
             if "sample" in row:
                 assert row["val_loss"] == gpt2.evaluate(row["model"], val_set)
                 text = gpt2.generate(row["model"], train_set.token_ids[None, :5].long(), 40, eos_id=END)
                 assert row["sample"] == gpt2.token_ids_to_text(text, tokenizer)
         assert numbers(rows, "val_loss") == numbers(metrics_of(whole)[:5], "val_loss")
-
-    def test_measuring_saving_sampling_and_what_the_caller_draws_change_nothing(self, whole, config, tmp_path):
-        busy = config | {"eval_every": 1, "checkpoint_every": 5, "sample_prompt": "something else"}
+    def test_measuring_saving_sampling_and_drawing_in_between_change_nothing(self, whole, config, tmp_path):
+        busy = config | {"eval_every": 1, "checkpoint_every": 5, "sample_prompt": "Else"}
         for row in gpt2.train(busy, out=tmp_path):
-            assert row["sample"].startswith("something else") and torch.rand(1) < 1
+            assert row["sample"].startswith("Else") and torch.rand(1) < 1
         assert numbers(metrics_of(tmp_path), "val_loss") == numbers(metrics_of(whole), "val_loss")
         ours, theirs = load(tmp_path / "last.pt"), load(whole / "last.pt")
         assert same(ours["model"], theirs["model"]) and same(ours["optimizer"], theirs["optimizer"])
-        assert next(gpt2.train(config | {"seed": 7}, out=None))["train_loss"] != metrics_of(whole)[0]["train_loss"]
-
+        other = next(gpt2.train(config | {"seed": 7}, out=None))
+        assert other["train_loss"] != metrics_of(whole)[0]["train_loss"]
     def test_best_is_the_model_of_the_lowest_loss_and_training_on_leaves_it(self, config, tmp_path):
-        """At so high a learning rate the lowest loss is soon behind. It is saved at once, the rest when due."""
+        """At so high a learning rate the lowest loss is soon behind. It is saved at once, others when due."""
         data = str(write(tmp_path / "once.txt", VERDICT[:700]))
         given = config | {"data": data, "learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 3}
         _, val_set = gpt2.load_data(gpt2.CONFIG | given)
         losses = []
         for row in gpt2.train(given, out=tmp_path):
             losses.append(row["val_loss"])
+            if row["step"] in (3, 6, 9, 12, 14) or losses[-1] == min(losses):
+                saved = row["step"]
+            assert load(tmp_path / "last.pt")["step"] == saved
             best = load(tmp_path / "best.pt")
             assert best["step"] == losses.index(min(losses)) + 1
-            saved = [step for step in range(1, row["step"] + 1)
-                     if step in (3, 6, 9, 12, 14) or losses[step - 1] == min(losses[:step])]
-            assert load(tmp_path / "last.pt")["step"] == saved[-1]
             assert gpt2.evaluate(read(tmp_path / "best.pt"), val_set) == approx(min(losses), rel=1e-6)
         assert best["step"] < 12 and best["config"] == gpt2.CONFIG | given and "optimizer" not in best
-
-    def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_leaves_the_last_save(self, config, tmp_path):
+    def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_leaves_the_save(self, config, tmp_path):
         for spoil in (lambda norm: norm.weight.data.fill_(math.nan),
                       lambda norm: norm.bias.register_hook(lambda gradient: gradient * math.inf)):
             run = gpt2.train(config | {"checkpoint_every": 1}, out=tmp_path, overwrite=True)
             spoil(next(run)["model"].final_norm)
             refused("step 2.*learning_rate", lambda: next(run), FloatingPointError)
             assert load(tmp_path / "last.pt")["step"] == len(metrics_of(tmp_path)) == 1
-
     def test_fp16_skips_steps_whose_scaled_gradient_is_infinite(self, config, tmp_path, monkeypatch):
         """CUDA's scaler, here on the CPU, with a scale at which some steps overflow."""
-        parts = torch.float32, torch.autocast("cpu", enabled=False)
         scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-        monkeypatch.setattr(gpt2, "mixed_precision", lambda name, device: (*parts, scaler))
-        weights = []
-        skipped = []
+        parts = torch.float32, torch.autocast("cpu", enabled=False), scaler
+        monkeypatch.setattr(gpt2, "mixed_precision", lambda name, device: parts)
+        before = None
         for row in gpt2.train(config | {"max_steps": 5}, out=tmp_path):
-            weights.append(row["model"].token_embedding.weight.detach().clone())
-            skipped.append(row["grad_norm"] is None)
-        assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == skipped[1:]
-        scale = load(tmp_path / "last.pt")["scaler"]["scale"]
-        assert skipped[0] and not all(skipped) and scale == approx(1e38 / 2 ** sum(skipped))
+            after = row["model"].token_embedding.weight.detach().clone()
+            assert before is None or torch.equal(before, after) == (row["grad_norm"] is None)
+            before = after
+        assert row["step"] == 5 and 1e36 < scaler.get_scale() < 0.6e38
         scaler.update(1e38)
         next(gpt2.train({"max_steps": 0}, out=tmp_path, resume=True))
-        assert scaler.get_scale() in (scale, scale / 2)  # a resumed run goes on with its scale
-
+        assert scaler.get_scale() < 0.6e38  # a resumed run goes on with its scale
     def test_precision_says_in_what_numbers_is_trained_and_measured(self, config, whole):
         rows = list(gpt2.train(config | {"precision": "bf16", "max_steps": 2}, out=None))
         for key, row, full in zip(("train_loss", "val_loss"), rows, metrics_of(whole)):
@@ -619,74 +571,58 @@ class TestTraining:
         val_set = gpt2.load_data(gpt2.CONFIG | config)[1]
         assert gpt2.evaluate(rows[1]["model"], val_set) != rows[1]["val_loss"]  # measured here in fp32
         assert rows[1]["model"].token_embedding.weight.dtype == torch.float32
-
-    def test_compile_trains_through_what_the_compiler_makes(self, config, whole, monkeypatch, tmp_path):
-        calls = []
-        network = nn.Sequential()
-        network.register_forward_hook(lambda *arguments: calls.append(1))
-        monkeypatch.setattr(torch, "compile", network.append)
-        list(gpt2.train(config | {"compile": True, "max_steps": 2}, out=tmp_path))
-        assert len(calls) == 4 and same(load(tmp_path / "last.pt")["model"], load(whole / "2/last.pt")["model"])
-
     def test_training_starts_from_a_model_and_leaves_it_alone(self, config, whole):
+        """Size and weights are those of the model, the dropout rate is that of the new run."""
         source = read(whole / "last.pt")
-        before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
-        rows = [next(gpt2.train(config, out=None, init=init)) for init in (whole / "last.pt", source)]
-        assert numbers(rows[:1]) == numbers(rows[1:])
-        assert rows[0]["train_loss"] < metrics_of(whole)[0]["train_loss"]
-        assert same(source.state_dict(), before) and not same(rows[1]["model"].state_dict(), before)
-
-    def test_init_takes_size_from_the_model_and_the_dropout_rate_from_the_run(self, config, whole):
         given = {key: value for key, value in config.items() if key not in TINY}
-        for rate in (0.0, 0.3):
-            model = next(gpt2.train(given | {"dropout_rate": rate}, out=None, init=whole / "last.pt"))["model"]
-            assert model.config == SMALL | {"dropout_rate": rate}
-            assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {rate}
-        for key, value in {"emb_dim": 16, "n_layers": 2, "qkv_bias": False, "context_length": 9}.items():
-            refused(key, lambda: next(gpt2.train(given | {key: value}, out=None, init=whole / "last.pt")))
-
+        for init, rate in ((whole / "last.pt", 0.3), (source, 0.3), (source, 0.0)):
+            row = next(gpt2.train(given | {"dropout_rate": rate}, out=None, init=init))
+            assert row["model"].config == SMALL | {"dropout_rate": rate}
+            assert {part.p for part in row["model"].modules() if isinstance(part, nn.Dropout)} == {rate}
+            assert row["train_loss"] < metrics_of(whole)[0]["train_loss"]
+        assert same(source.state_dict(), read(whole / "last.pt").state_dict())
+        for change in ({"emb_dim": 16}, {"n_layers": 2}, {"qkv_bias": False}, {"context_length": 9}):
+            refused(*change, lambda: next(gpt2.train(given | change, out=None, init=whole / "last.pt")))
     def test_init_with_a_shorter_context_trains_its_first_positions(self, config, whole):
         given = config | {"context_length": 5, "weight_decay": 0.0}
         row = next(gpt2.train(given, out=None, init=whole / "last.pt"))
         start = read(whole / "last.pt").position_embedding.weight[:5]
         moved = (row["model"].position_embedding.weight - start).abs().amax(-1)
         assert moved.shape == (5,) and 0 < moved.min() <= moved.max() < 2 * row["learning_rate"]
-
     def test_two_processes_train_as_one_and_stop_together(self, config, tmp_path):
-        """Two processes at half the batch; then a run in which a signal reaches the second alone."""
+        """At half the batch each; in step 8, in which fewer windows are left, a signal reaches the second."""
         script = write(tmp_path / "two.py", """
-import json, os, signal, sys
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import gpt2
-list(gpt2.train(json.loads(sys.argv[2]), out="a"))
 real = gpt2.learning_rate_at
 def strike(step, *rest):
-    if step == 3 and os.environ["RANK"] == "1":
+    if step == 8 and os.environ["RANK"] == "1":
         signal.raise_signal(signal.SIGTERM)
     return real(step, *rest)
 gpt2.learning_rate_at = strike
 try:
-    gpt2.main(["train", "--out", "b", *sys.argv[3:]])
+    gpt2.main(["train", "--out", "run", *sys.argv[2:]])
 except SystemExit as stop:
     print(stop.code, flush=True)
 """)
         plain = config | {"dropout_rate": 0.0}
-        shared = plain | {"batch_size": 1, "grad_accumulation": 3, "max_steps": 7}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-        done = subprocess.run([*command, HERE, json.dumps(shared), *words(shared)], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0 and done.stdout.split() == ["143", "143"], done.stderr
-        assert done.stderr.count("saved step 3") == 1 and load(tmp_path / "b/last.pt")["step"] == 3
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [script, HERE, *words(plain | {"batch_size": 1, "grad_accumulation": 3})]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert (done.returncode, done.stdout.split()) == (0, ["143", "143"]), done.stderr
+        assert done.stderr.count("saved step 8; go on") == 1  # only the first process speaks
         alone = list(gpt2.train(plain, out=None))
-        assert_close(metrics_of(tmp_path / "a"), alone[:7], "val_loss")
-        refused("windows_per_step .*6.* 3", lambda: next(gpt2.train(out=tmp_path / "a", resume=True)))
-        rows = gpt2.train({"batch_size": 2, "max_steps": 0}, out=tmp_path / "a", resume=True)
-        assert_close(rows, alone[7:])  # one process goes on with the run of two
+        folder = tmp_path / "run"
+        assert_close(metrics_of(folder), alone[:8])
+        refused("windows_per_step .*6.* 3", lambda: next(gpt2.train(out=folder, resume=True)))
+        rows = gpt2.train({"batch_size": 2}, out=folder, resume=True)
+        assert_close(rows, alone[8:])  # one process goes on with the run of two
 
 class TestGeneration:
-    @cases("context, length, new", [(8, 3, 30), (8, 8, 9), (8, 20, 12), (5, 2, 17), (1, 1, 4)])
+    @cases("context, length, new", [(8, 3, 30), (8, 8, 9), (8, 20, 12), (5, 2, 17), (1, 1, 4), (8, 4, 0)])
     def test_greedy_text_goes_on_from_the_last_half_when_the_context_is_full(self, context, length, new):
-        model = lively(TINY | {"context_length": context})
+        model = lively(TINY | {"context_length": context, "dropout_rate": 0.5})
         idx = prompt = some_ids(2, length)
         begin = max(0, length - context)
         for _ in range(new):
@@ -694,16 +630,9 @@ class TestGeneration:
                 begin = idx.size(1) - max(1, context // 2)
             idx = torch.cat([idx, model(idx[:, begin:])[:, -1].argmax(-1, keepdim=True)], dim=1)
         for use_cache in (True, False):
-            assert torch.equal(gpt2.generate(model, prompt, new, use_cache=use_cache), idx)
-
-    def test_with_a_cache_each_token_is_read_once(self):
-        model = lively(TINY)
-        lengths = []
-        model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
-        gpt2.generate(model, some_ids(1, 3), 8)
-        gpt2.generate(model, some_ids(1, 3), 3, use_cache=False)
-        assert lengths == [3, 1, 1, 1, 1, 1, 4, 1] + [3, 4, 5]  # after 8 the context is full
-
+            text = gpt2.generate(model.train(), prompt, new, use_cache=use_cache)
+            assert torch.equal(text, idx) and not model.training
+        model(text[:, -1:]).sum().backward()  # what was written can be trained on
     @cases("temperature", [0.5, 2.0])
     @cases("top_k", [None, 1, 3, 50])
     @cases("top_p", [None, 1e-60, 0.3, 0.8, 1.0])
@@ -718,7 +647,6 @@ class TestGeneration:
                 if not kept or sum(kept.values()) < (top_p or 1.0) * sum(weights.values()):
                     kept[i] = weights[i]
             assert probabilities == approx([kept.get(i, 0) / sum(kept.values()) for i in range(9)], abs=1e-6)
-
     def test_draws_follow_the_distribution_the_generator_and_the_options(self):
         logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(30_000, 3)
         drawn = gpt2.sample_next(logits, 1.0, generator=torch.Generator().manual_seed(0))
@@ -726,16 +654,13 @@ class TestGeneration:
         assert drawn.shape == (30_000, 1) and torch.allclose(shares, torch.softmax(logits[0], 0), atol=0.01)
         assert gpt2.next_token_probabilities(logits[:1], 0).tolist() == [[0, 0, 1]]
         assert (gpt2.next_token_probabilities(torch.zeros(1, 9), top_k=3) > 0).sum() == 3  # of equals too
-        model = lively(TINY)
-
-        def draw(seed, **options):
-            generator = torch.Generator().manual_seed(seed)
-            return gpt2.generate(model, some_ids(2, 4), 20, temperature=2.0, generator=generator, **options)
-
-        assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
-        assert torch.equal(draw(3, top_k=1), gpt2.generate(model, some_ids(2, 4), 20))
-        assert torch.equal(draw(3, top_k=1), draw(3, top_p=1e-9))
-
+        texts = []
+        for seed, options in ((3, {}), (3, {}), (4, {}), (3, {"top_k": 1}), (3, {"top_p": 1e-9})):
+            options |= {"temperature": 2.0, "generator": torch.Generator().manual_seed(seed)}
+            texts.append(gpt2.generate(lively(TINY), some_ids(2, 4), 20, **options))
+        assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+        texts[2] = gpt2.generate(lively(TINY), some_ids(2, 4), 20)
+        assert torch.equal(texts[2], texts[3]) and torch.equal(texts[3], texts[4])
     def test_the_end_of_text_stops_a_row_and_fills_it(self):
         model = lively(TINY)
         free = gpt2.generate(model, some_ids(3, 4), 12)[:, 4:].tolist()
@@ -747,14 +672,6 @@ class TestGeneration:
             assert row == (expected[:end] + [eos] * 12)[: len(row)]
         alone = gpt2.generate(model, some_ids(3, 4)[:1], 12, eos_id=eos)[0, 4:].tolist()
         assert alone == free[0][: free[0].index(eos) + 1]  # there it stops
-
-    def test_generation_is_without_dropout_and_its_result_can_be_trained_on(self):
-        model = lively(TINY | {"dropout_rate": 0.5}).train()
-        text = gpt2.generate(model, some_ids(1, 4), 4)
-        assert not model.training and torch.equal(text, gpt2.generate(model, some_ids(1, 4), 4))
-        assert torch.equal(gpt2.generate(model, some_ids(1, 4), 0), some_ids(1, 4))
-        model(text).sum().backward()
-
     def test_options_prompts_and_logits_that_make_no_sense_are_refused(self):
         bad = [("temperature", value) for value in (-1.0, 9e-5, math.nan, math.inf)] + [("top_k", 0)]
         for key, value in bad + [("top_p", value) for value in (0.0, 1.1, math.nan)]:
@@ -767,32 +684,29 @@ class TestGeneration:
 # ==== Part two ====
 class TestFineTuning:
     def test_examples_come_as_pairs_or_instructions_as_lines_or_a_list(self, tmp_path):
-        entries = [{"prompt": "p", "completion": " c"}, {"instruction": "do", "output": "done"},
-                   {"instruction": "do", "input": "this", "output": "it"},
-                   {"instruction": "x", "input": "", "output": "y"}, {"prompt": 1, "completion": 2}]
-        pairs = gpt2.read_examples(write_lines(tmp_path / "a.jsonl", *entries))
-        assert gpt2.read_examples(write(tmp_path / "b.json", "\ufeff\n" + json.dumps(entries, indent=2))) == pairs
+        entries = [{"prompt": "p", "completion": " c"}, {"instruction": "do", "input": "", "output": "done"},
+                   {"instruction": "do", "input": "this", "output": "it"}, {"prompt": 1, "completion": 2}]
+        lines = write_lines(tmp_path / "a.jsonl", *entries)
+        whole = write(tmp_path / "b.json", "\ufeff\n" + json.dumps(entries, indent=2))
         below = "Below is an instruction that describes a task"
-        rest = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+        rest = "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
         further = "paired with an input that provides further context"
-        assert pairs == [("p", " c"), (f"{below}. {rest}do\n\n### Response:\n", "done"),
-                         (f"{below}, {further}. {rest}do\n\n### Input:\nthis\n\n### Response:\n", "it"),
-                         (f"{below}. {rest}x\n\n### Response:\n", "y"), ("1", "2")]
-
+        assert gpt2.read_examples(lines) == gpt2.read_examples(whole) == [
+            ("p", " c"), (f"{below}. {rest}### Response:\n", "done"),
+            (f"{below}, {further}. {rest}### Input:\nthis\n\n### Response:\n", "it"), ("1", "2")]
     def test_a_line_of_json_ends_at_a_line_feed_and_not_at_u2028(self, tmp_path):
-        rows = [{"prompt": f"a{end}b", "completion": " c"} for end in ("\u2028", "\u2029", "\x85")]
-        assert gpt2.read_examples(write_lines(tmp_path / "a.jsonl", *rows)) == [tuple(row.values()) for row in rows]
-
+        pairs = [(f"a{end}b", " c") for end in ("\u2028", "\u2029", "\x85")]
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        assert gpt2.read_examples(write_lines(tmp_path / "a.jsonl", *rows)) == pairs
     def test_only_the_completion_and_the_end_are_targets(self, tokenizer):
         pairs = [("one two", " three four"), ("", "<|endoftext|>"), ("a b c d e f g h", " y z")]
         (x, y), (a, b), (c, d) = gpt2.CompletionDataset(pairs, 8)
         assert x.tolist() == tokenizer.encode("one two three four")
         assert y.tolist() == [-100, *tokenizer.encode(" three four"), END]
         text = tokenizer.encode("<|endoftext|>", disallowed_special=())
-        assert a.tolist() == [END, *text] and b.tolist() == [*text, END]  # an empty prompt becomes the end token
+        assert a.tolist() == [END, *text] and b.tolist() == [*text, END]  # no prompt: an end token
         assert c.tolist() == tokenizer.encode(" c d e f g h y z")  # what is too long loses its beginning
         assert d.tolist() == [-100] * 5 + [*tokenizer.encode(" y z"), END]
-
     def test_examples_are_shuffled_by_the_seed_before_some_are_held_back(self, examples):
         given = gpt2.CONFIG | {"data": str(examples), "val_fraction": 0.35, "context_length": 12}
         train_set, val_set = gpt2.load_data(given)
@@ -801,38 +715,23 @@ class TestFineTuning:
         assert {label for _, label in val_set.examples} == {" ham", " spam!"}
         assert gpt2.load_data(given)[1].examples == val_set.examples
         assert gpt2.load_data(given | {"seed": 1})[1].examples != val_set.examples
-        capitals = shutil.copy(examples, examples.with_suffix(".JSON"))
-        assert gpt2.load_data(given | {"data": str(capitals), "val_fraction": 0.0})[1] is None
+        assert gpt2.load_data(given | {"val_fraction": 0.0})[1] is None
         refused("val_fraction", lambda: gpt2.load_data(given | {"val_fraction": 0.95}))
-
-    def test_the_most_probable_completion_is_predicted(self, tokenizer):
-        model = lively(SMALL | {"context_length": 16})
-        labels = (" ham", " jam", " spam")
-        pairs = [(f"{word} is", labels[i % 3]) for i, word in enumerate(VERDICT[:200].split())]
-        expected = []
-        for prompt, _ in pairs:
-            scores = {}
-            for label in labels:
-                ids = tokenizer.encode(prompt + label) + [END]
-                log_p = torch.log_softmax(model(torch.tensor([ids]))[0], dim=-1)
-                scores[label] = sum(log_p[t - 1, ids[t]].item() for t in range(len(ids) - 2, len(ids)))
-            expected.append(max(scores, key=scores.get))
-        assert gpt2.classify(model, gpt2.CompletionDataset(pairs, 16)) == expected and len(set(expected)) > 1
-
     def test_fine_tuning_learns_to_classify(self, cli, tmp_path):
-        rows = [{"prompt": f"{'win money' if i % 2 else 'see you'} {i}", "completion": " spam" if i % 2 else " ham"}
-                for i in range(12)]
+        texts = ("see you", " ham"), ("win money", " spam")
+        rows = [{"prompt": f"{a} {i}", "completion": b} for i in range(6) for a, b in texts]
         path = write_lines(tmp_path / "a.jsonl", *rows)
-        options = {"data": path, "epochs": 20, "learning_rate": 0.03, "val_fraction": 0.0, "emb_dim": 16}
+        options = {"data": path, "epochs": 25, "learning_rate": 0.03, "val_fraction": 0.0, "emb_dim": 16}
         assert cli("train", *words(SMALL | options), "--out", "out").code == 0
         report = json.loads(cli("eval", "--model", "out/last.pt", "--data", path, "--json").out)
-        assert report["accuracy"] == 1.0 and report["loss"] < 0.3
+        assert report["accuracy"] == 1.0 and report["loss"] < 0.5
         assert cli("generate", "see you 4", "--model", "out/last.pt").out == "see you 4 ham\n"
 
-OTHER = {"vocab_size": 50258, "context_length": 7, "emb_dim": 16, "n_heads": 4, "n_layers": 2, "dropout_rate": 0.2,
-         "qkv_bias": False, "val_fraction": 0.2, "max_val_tokens": 5, "stride": 3, "epochs": 3,
-         "learning_rate": 2e-3, "min_learning_rate": 1e-5, "warmup_steps": 3, "weight_decay": 0.2, "grad_clip": 2.0,
-         "seed": 43, "precision": "fp32"}
+OTHER = {  # values that make another run
+    "vocab_size": 50258, "context_length": 7, "emb_dim": 16, "n_heads": 4, "n_layers": 2, "dropout_rate": 0.2,
+    "qkv_bias": False, "val_fraction": 0.2, "max_val_tokens": 5, "stride": 3, "epochs": 3, "seed": 43,
+    "learning_rate": 2e-3, "min_learning_rate": 1e-5, "warmup_steps": 3, "weight_decay": 0.2,
+    "grad_clip": 2.0, "precision": "fp32"}
 
 class Trap:
     """Unpickled without care, this writes a file."""
@@ -847,7 +746,6 @@ class TestRuns:
         torch.manual_seed(step)
         assert [row["step"] for row in gpt2.train(out=folder, resume=True)] == list(range(step + 1, 15))
         assert_same_run(folder, whole)
-
     @cases("eval_every, steps", [(0, (3, 4)), (3, (4, 6))])
     def test_some_steps_and_the_others_are_the_whole(self, config, tmp_path, eval_every, steps):
         """N steps and N more are 2N; a measurement made only because the first N ended is forgotten."""
@@ -859,43 +757,38 @@ class TestRuns:
             refused(f"{step} steps.*max_steps", lambda: next(gpt2.train(out=folder, resume=True)))
             list(gpt2.train({"max_steps": 0}, out=folder, resume=True))
             assert_same_run(folder, tmp_path / "whole", best=False)
-
     @cases("key", OTHER)
     def test_resume_refuses_another_value_of_a_key_that_makes_another_run(self, whole, key):
         refused(key, lambda: next(gpt2.train({key: OTHER[key]}, out=whole, resume=True)))
-
     def test_resume_takes_other_values_of_the_rest(self, whole, config, tmp_path, monkeypatch):
         """The lowest loss before them counts on, and what was measured stays."""
-        monkeypatch.setattr(torch, "compile", lambda model: model)
+        compiled = []
+        monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
         folder = shutil.copytree(whole / "2", tmp_path / "run")
         gpt2.save_checkpoint(folder / "last.pt", load(folder / "last.pt") | {"best_val_loss": 0.5})
         data = str(shutil.copy(config["data"], tmp_path / "same.txt"))
-        given = {"max_steps": 4, "eval_every": 3, "checkpoint_every": 9, "sample_prompt": "He", "device": "cpu",
-                 "compile": True, "data": data, "batch_size": 2, "grad_accumulation": 3}
+        given = {"max_steps": 4, "eval_every": 3, "checkpoint_every": 9, "sample_prompt": "He",
+                 "device": "cpu", "compile": True, "data": data, "batch_size": 2, "grad_accumulation": 3}
         assert given.keys() | OTHER.keys() == gpt2.CONFIG.keys()
         rows = list(gpt2.train(given, out=folder, resume=True))
-        assert [row["step"] for row in rows] == [3, 4] and rows[0]["sample"].startswith("He")
-        assert rows[1]["val_loss"] and [row["step"] for row in metrics_of(folder) if "val_loss" in row] == [2, 3]
+        assert len(compiled) == 1 and len(rows) == 2 and rows[0]["sample"].startswith("He")
+        assert [row["step"] for row in metrics_of(folder) if "val_loss" in row] == [2, 3]
         assert load(folder / "best.pt")["step"] == 2 and load(folder / "last.pt")["best_val_loss"] == 0.5
-        for key, value in (("data", str(HERE / "the-verdict.txt")), ("batch_size", 1), ("grad_accumulation", 1)):
-            refused("data or batch_size", lambda: next(gpt2.train({key: value}, out=folder, resume=True)))
-
+        for change in ({"data": str(HERE / "README.md")}, {"batch_size": 1}, {"grad_accumulation": 1}):
+            refused("data or batch_size", lambda: next(gpt2.train(change, out=folder, resume=True)))
     def test_a_checkpoint_that_does_not_fit_is_not_continued(self, whole, tmp_path):
         """AdamW would write past moments that are too small."""
-        for key in ("optimizer", "model", "step", "metrics", "scaler", "config", "exp_avg", "exp_avg_sq", "stride"):
+        for key in ("optimizer", "model", "step", "metrics", "scaler", "config", "exp_avg", "exp_avg_sq"):
             folder = shutil.copytree(whole / "3", tmp_path / key)
-            checkpoint = load(folder / "last.pt")
-            if checkpoint.pop(key, None) is None:
+            for odd in (torch.zeros(8, 24), torch.zeros(1).expand(24, 8)):  # the latter is one in memory
+                checkpoint = load(whole / "3" / "last.pt")
                 states = checkpoint["optimizer"]["state"].values()
-                moments = next(s for s in states if s["exp_avg"].shape == (24, 8))
-                if key == "stride":  # the right shape, and one number in memory
-                    moments["exp_avg"] = torch.zeros(1).expand(24, 8)
-                else:
-                    moments[key] = torch.zeros(8, 24)
-            gpt2.save_checkpoint(folder / "last.pt", checkpoint)
-            refused(f"last.pt.*({key}|shape)", lambda: next(gpt2.train(out=folder, resume=True)))
-
-    def test_a_run_is_not_replaced_without_overwrite_and_then_at_the_first_save(self, whole, config, tmp_path):
+                moments = next(state for state in states if state["exp_avg"].shape == (24, 8))
+                if checkpoint.pop(key, None) is None:
+                    moments[key] = odd
+                gpt2.save_checkpoint(folder / "last.pt", checkpoint)
+                refused(f"last.pt.*({key}|shape)", lambda: next(gpt2.train(out=folder, resume=True)))
+    def test_a_run_is_replaced_with_overwrite_only_and_at_the_first_save(self, whole, config, tmp_path):
         folder = shutil.copytree(whole / "12", tmp_path / "run")
         refused("--resume.*--overwrite.*--out", lambda: next(gpt2.train(config, out=folder)))
         run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 2}, out=folder, overwrite=True)
@@ -903,32 +796,26 @@ class TestRuns:
         assert load(folder / "last.pt")["step"] == 12 and (folder / "best.pt").exists()
         next(run)
         assert load(folder / "last.pt")["step"] == 2 and not (folder / "best.pt").exists()
-
     def test_the_picture_shows_both_losses_and_the_lowest(self, monkeypatch):
         from matplotlib.figure import Figure
         drawn = []
         monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: drawn.append(figure.axes[0]))
         rows = [{"step": 1, "train_loss": 9.0}, {"step": 2, "train_loss": 5.0, "val_loss": 6.5},
-                {"step": 3, "train_loss": 4.0}, {"step": 4, "train_loss": 3.0, "val_loss": 7.5}]
-        for metrics in (rows, rows[:1]):
-            gpt2.plot_losses(metrics, io.BytesIO())
+                {"step": 3, "train_loss": 4.0, "val_loss": 7.5}]
+        gpt2.plot_losses(rows, io.BytesIO())
+        gpt2.plot_losses(rows[:1], io.BytesIO())
         lines = [[list(zip(*line.get_data())) for line in axes.lines] for axes in drawn]
-        training = [(1, 9.0), (2, 5.0), (3, 4.0), (4, 3.0)]
-        assert lines == [[training, [(2, 6.5), (4, 7.5)], [(2, 6.5)]], [[(1, 9.0)]]]
-        names = [text.get_text() for text in drawn[0].get_legend().get_texts()]
-        assert names[:2] == ["training", "validation"] and "6.50" in names[2] and drawn[0].get_ylim()[0] == 0
-
+        expected = [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
+        assert lines == [expected, [[(1, 9.0)]]] and drawn[0].get_ylim()[0] == 0
+        assert "6.50" in drawn[0].get_legend().get_texts()[2].get_text()
     @cases("call", ["fsync", "replace"])
     def test_a_save_that_fails_anywhere_leaves_whole_files_and_the_run_goes_on(self, config, tmp_path, call,
                                                                                monkeypatch, caplog):
         """For every k, the k-th call fails once. Only where that spoils the last save is there an error."""
         given = config | {"max_steps": 3, "eval_every": 1, "checkpoint_every": 1, "learning_rate": 0.02}
         real = getattr(os, call)
-        counted = []
-        monkeypatch.setattr(os, call, lambda *arguments: counted.append(arguments) or real(*arguments))
         list(gpt2.train(given, out=tmp_path / "whole"))
-        assert len(counted) == 3 * 3 + 1, counted  # best.pt, metrics.jsonl and last.pt each time, and the picture
-        for k in range(1, len(counted) + 1):
+        for k in range(1, 11):  # best.pt, metrics.jsonl and last.pt in each step, and the picture
             folder = tmp_path / str(k)
             caplog.clear()
             monkeypatch.setattr(os, call, at_call(k, fail(OSError(28, "No space left on device")), real))
@@ -936,7 +823,7 @@ class TestRuns:
             failed = min((k + 2) // 3, 3)
             for step in (1, 2, 3):
                 next(run)
-                names = {path.name for path in folder.iterdir()}
+                names = set(os.listdir(folder))
                 assert names <= {"best.pt", "last.pt", "loss.png", "metrics.jsonl"}  # no part of a file
                 assert all(read(folder / name) for name in names & {"best.pt", "last.pt"})
                 assert "metrics.jsonl" not in names or len(metrics_of(folder)) in (step - 1, step)
@@ -948,18 +835,6 @@ class TestRuns:
             else:
                 assert list(run) == []
                 assert_same_run(folder, tmp_path / "whole")
-
-    def test_a_file_is_whole_or_as_before_and_its_bytes_reach_the_disk_first(self, tmp_path, monkeypatch):
-        path = write(tmp_path / "a", "before")
-        for error in (OSError("full"), RuntimeError("PytorchStreamWriter failed")):
-            refused("a: ", lambda: gpt2.write_file(path, fail(error)), OSError)
-        assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
-        order = []
-        monkeypatch.setattr(os, "fsync", lambda number: order.append(os.fstat(number).st_size))
-        monkeypatch.setattr(os, "replace", at_call(1, lambda: order.append("name"), os.replace))
-        gpt2.write_file(path, lambda file: file.write(b"after"))
-        assert order == [5, "name"] and path.read_text() == "after" and len(list(tmp_path.iterdir())) == 1
-
     def test_a_damaged_checkpoint_is_named_and_nothing_in_it_is_run(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         good = save_model(lively(TINY), tmp_path / "good.pt").read_bytes()
@@ -969,34 +844,29 @@ class TestRuns:
         weights = lively(TINY).state_dict()
         whole = {"config": TINY, "model": weights}
         for content in ([1], {"model": weights}, whole | {"model": Trap()}, whole | {"config": TINY | {"n_heads": 5}},
-                        whole | {"model": weights | {"more": torch.ones(1)}},
-                        whole | {"model": weights | {"final_norm.bias": torch.ones(5)}},
-                        whole | {"model": {name: weights[name] for name in list(weights)[1:]}}):
+                        *(whole | {"model": weights | {"final_norm.bias": odd, "more": odd}} for odd in (1, weights))):
             torch.save(content, "bad.pt")
             refused("bad.pt", lambda: read("bad.pt"))
         assert not Path("trapped").exists()
-        refused("missing.pt", lambda: gpt2.load_checkpoint("missing.pt"), FileNotFoundError)
-
-    @cases("device, name, ability, dtype, scaled", [
-        ("cuda", "auto", (8, 0), torch.bfloat16, False), ("cuda", "auto", (7, 5), torch.float16, True),
-        ("cuda", "fp32", (8, 0), torch.float32, False), ("cpu", "auto", True, torch.bfloat16, False),
-        ("cpu", "auto", False, torch.float32, False), ("cpu", "fp16", True, torch.float16, False),
-        ("mps", "auto", True, torch.float32, False)])
-    def test_auto_is_an_accelerator_and_the_precision_that_it_has(self, monkeypatch, device, name, ability, dtype,
-                                                                  scaled):
+    @cases("device, name, ability, dtype", [
+        ("cuda", "auto", (8, 0), torch.bfloat16), ("cuda", "auto", (7, 5), torch.float16),
+        ("cuda", "fp32", (8, 0), torch.float32), ("cpu", "auto", True, torch.bfloat16),
+        ("cpu", "auto", False, torch.float32), ("cpu", "fp16", True, torch.float16),
+        ("mps", "auto", True, torch.float32)])
+    def test_auto_is_an_accelerator_and_the_precision_it_has(self, monkeypatch, device, name, ability, dtype):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ability)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": ability})
         for owner, part in ((torch, "autocast"), (torch.amp, "GradScaler")):
             monkeypatch.setattr(owner, part, lambda *arguments, enabled: (*arguments, enabled))
-        autocast = (device, dtype, dtype != torch.float32)
-        assert gpt2.mixed_precision(name, torch.device(device)) == (dtype, autocast, (device, scaled))
+        scaled = device == "cuda" and dtype == torch.float16
+        parts = gpt2.mixed_precision(name, torch.device(device))
+        assert parts == (dtype, (device, dtype, dtype != torch.float32), (device, scaled))
         found = None if device == "cpu" else torch.device(device, 0)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
         monkeypatch.setattr(torch, "ones", lambda count, device: torch.zeros(count))
-        assert gpt2.pick_device("auto").type == device
+        assert str(gpt2.pick_device("auto")) == device
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert str(gpt2.pick_device("auto")) == ("cuda:3" if device == "cuda" else device)
-
     @long_test
     def test_a_run_under_kill_9_can_be_resumed_to_the_same_end(self, config, tmp_path):
         given = config | {"epochs": 4, "eval_every": 1, "checkpoint_every": 1}
@@ -1011,7 +881,6 @@ class TestRuns:
                     process.kill()
             assert_same_run(folder, tmp_path / "whole")
             assert len(list(folder.iterdir())) in (4, 5)  # maybe part of a file
-
     @long_test
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
     def test_a_real_signal_saves_and_says_how_to_go_on(self, config, tmp_path, name, status):
@@ -1022,51 +891,49 @@ class TestRuns:
             notes = process.communicate(timeout=60)[1]
         assert process.returncode == status and "--resume" in notes and "Traceback" not in notes
         assert len(metrics_of(tmp_path)) == load(tmp_path / "last.pt")["step"] > 1
-
     @long_test
-    def test_a_full_disk_keeps_the_last_save(self, config, tmp_path, caplog):
+    def test_a_full_disk_keeps_the_last_save(self, config, tmp_path, caplog, request):
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]  # room for one checkpoint, not two
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]  # one checkpoint fits in, not two
         if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("mounting a small disk is not allowed here")
-        try:
-            run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
-            next(run)
-            before = (disk / "last.pt").read_bytes()
-            next(run)
-            assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
-            assert "step 2 was not saved" in caplog.text
-            refused("could not be saved", run.close, OSError)
-        finally:
-            subprocess.run(["umount", "-l", str(disk)], check=True)
+        request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
+        run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
+        next(run)
+        before = (disk / "last.pt").read_bytes()
+        next(run)
+        assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
+        assert "step 2 was not saved" in caplog.text
+        refused("step 2.* not saved", run.close, OSError)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
 
-def write_safetensors(path, tensors, edit=lambda header: None):
-    """A writer of the format, from its description; `edit` may spoil the header."""
+def write_safetensors(path, tensors, **edit):
+    """A writer of the format, from its description; `edit` spoils the entry of one tensor."""
     header = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         dtype = next(key for key, value in DTYPES.items() if value == tensor.dtype)
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        entry = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = entry | (edit if name == "h.0.ln_1.weight" else {})
         data += raw
-    edit(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 def edit_config(folder, **changes):
     """Change config.json; a key that becomes "gone" is left out."""
     config = json.loads((folder / "config.json").read_text("utf-8")) | changes
-    write(folder / "config.json", json.dumps({key: value for key, value in config.items() if value != "gone"}))
+    kept = {key: value for key, value in config.items() if value != "gone"}
+    write(folder / "config.json", json.dumps(kept))
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
-    """A folder that a tiny model was exported to."""
+    """A folder that a tiny model without biases for queries, keys and values was exported to."""
     folder = tmp_path_factory.mktemp("exported") / "deep" / "folder"
-    lively(TINY | {"dropout_rate": 0.2}).save_pretrained(folder)
+    lively(TINY | {"qkv_bias": False, "dropout_rate": 0.2}).bfloat16().save_pretrained(folder)
     return folder
 
 @pytest.fixture
@@ -1074,94 +941,80 @@ def folder(exported, tmp_path):
     """A copy of the exported folder, to change."""
     return shutil.copytree(exported, tmp_path / "folder")
 
-LN = "h.0.ln_1.weight"
-
 class TestPretrained:
     @cases("name, layers, heads, width, parameters", [
         ("gpt2", 12, 12, 768, 124_439_808), ("gpt2-medium", 24, 16, 1024, 354_823_168),
         ("gpt2-large", 36, 20, 1280, 774_030_080), ("gpt2-xl", 48, 25, 1600, 1_557_611_200)])
     def test_openais_sizes(self, name, layers, heads, width, parameters):
-        assert len(gpt2.OPENAI_SIZES) == 4 and gpt2.OPENAI_SIZES[name] == {
-            "vocab_size": 50257, "context_length": 1024, "emb_dim": width, "n_heads": heads, "n_layers": layers,
-            "qkv_bias": True}
+        sizes = {"n_layers": layers, "n_heads": heads, "emb_dim": width}
+        fixed = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True}
+        assert gpt2.OPENAI_SIZES[name] == sizes | fixed and len(gpt2.OPENAI_SIZES) == 4
         with torch.device("meta"):
             assert gpt2.GPT2(gpt2.OPENAI_SIZES[name] | {"dropout_rate": 0.1}).num_parameters() == parameters
-
     def test_export_writes_openais_names_and_layout_and_gives_the_model_back(self, exported):
+        weights = openai_weights(lively(TINY | {"qkv_bias": False}).bfloat16().float())  # no bias: zeros
         tensors = torch.load(exported / "pytorch_model.bin", weights_only=True)
-        assert same(tensors, openai_weights(lively(TINY))) and tensors["h.0.attn.c_attn.weight"].shape == (12, 36)
+        assert same(tensors, weights) and tensors["h.0.attn.c_attn.weight"].shape == (12, 36)
         assert json.loads((exported / "config.json").read_text("utf-8")) == {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 61, "n_positions": 8,
             "n_ctx": 8, "n_embd": 12, "n_head": 3, "n_layer": 2, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False, "resid_pdrop": 0.2, "attn_pdrop": 0.2, "embd_pdrop": 0.2}
-        assert same(read(exported).state_dict(), lively(TINY).state_dict())
+            "scale_attn_by_inverse_layer_idx": False, "resid_pdrop": 0.2, "attn_pdrop": 0.2,
+            "embd_pdrop": 0.2}
+        assert same(openai_weights(read(exported)), weights)
         assert read(exported).config == TINY | {"dropout_rate": 0.2}
-
     def test_vocabulary_and_merges_stand_under_their_names(self, exported):
         names = ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
         vocabulary = json.loads((exported / "vocab.json").read_text("utf-8"))
-        assert sorted(os.listdir(exported)) == names and vocabulary["<|endoftext|>"] == len(vocabulary) - 1 == END
+        assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1 == END
         assert (exported / "merges.txt").read_text("utf-8").splitlines()[1] == "Ġ t"
-
-    def test_a_model_without_query_bias_in_half_precision_exports_the_same_meaning(self, tmp_path):
-        model = lively(TINY | {"qkv_bias": False})
-        model.bfloat16().save_pretrained(tmp_path)
-        back = read(tmp_path)
-        assert back.config["qkv_bias"] and (back.blocks[1].attention.query_key_value.bias == 0).all()
-        assert torch.allclose(back(some_ids(2, 8)), model.float()(some_ids(2, 8)), atol=1e-5)
-
+        assert sorted(os.listdir(exported)) == names
     @cases("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     @cases("prefix", ["", "transformer."])
-    @cases("kind", ["model", "model-1 model-2", "bin"])
-    def test_a_folder_of_each_kind_is_read(self, folder, dtype, prefix, kind):
+    @cases("files", [["model"], ["model-1", "model-2"], []])
+    def test_a_folder_of_each_kind_is_read(self, folder, dtype, prefix, files):
+        """One file or several, or that of older folders; with the causal masks of older files, and a head."""
         tensors = {prefix + name: tensor.to(dtype) for name, tensor in openai_weights(lively(TINY)).items()}
-        if prefix:
-            for i, mask in enumerate((torch.uint8, torch.bool)):
-                tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=mask).tril()
-                tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        for i, mask in enumerate((torch.uint8, torch.bool) if prefix else ()):
+            tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=mask).tril()
+            tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
             tensors["lm_head.weight"] = tensors[prefix + "wte.weight"].clone()
-        (folder / "pytorch_model.bin").unlink()
-        if kind == "bin":
-            torch.save(tensors, folder / "pytorch_model.bin")
-        for i, file in enumerate(kind.split() if kind != "bin" else ()):  # a large model has several
-            part = {name: tensors[name] for name in sorted(tensors)[i :: len(kind.split())]}
+        torch.save({} if files else tensors, folder / "pytorch_model.bin")
+        for i, file in enumerate(files):
+            part = {name: tensors[name] for name in sorted(tensors)[i :: len(files)]}
             write_safetensors(folder / f"{file}.safetensors", part)
         model = read(folder)
-        assert same(openai_weights(model), openai_weights(lively(TINY).to(dtype).float())) and not model.training
-        assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
-
+        assert same(openai_weights(model), openai_weights(lively(TINY).to(dtype).float()))
+        assert not model.training and all(p.requires_grad for p in model.parameters())
     def test_a_config_that_would_be_computed_wrongly_or_does_not_fit_is_refused(self, exported, tmp_path):
         for key, value, cause in (
-                ("model_type", "llama", 0), ("activation_function", "gelu", 0), ("layer_norm_epsilon", 1e-6, 0),
-                ("scale_attn_weights", False, 0), ("scale_attn_by_inverse_layer_idx", True, 0),
-                ("tie_word_embeddings", False, 0), ("n_embd", "wide", "emb_dim"), ("n_head", 5, "n_heads"),
-                ("n_layer", 10**12, "n_layers"), ("n_layer", 1, "blocks.1"), ("n_layer", 3, "blocks.2"),
-                ("n_positions", 9, "position_embedding"), ("n_embd", "gone", "n_embd")):
+                ("model_type", "llama", 0), ("activation_function", "gelu", 0), ("n_embd", "gone", "n_embd"),
+                ("layer_norm_epsilon", 1e-6, 0), ("scale_attn_by_inverse_layer_idx", True, 0),
+                ("scale_attn_weights", False, 0), ("tie_word_embeddings", False, 0), ("n_head", 5, "n_heads"),
+                ("n_embd", "wide", "emb_dim"), ("n_layer", 10**12, "n_layers"), ("n_layer", 1, "blocks.1"),
+                ("n_layer", 3, "blocks.2"), ("n_positions", 9, "position_embedding")):
             folder = shutil.copytree(exported, tmp_path / "folder", dirs_exist_ok=True)
             edit_config(folder, **{key: value})
             refused(f"folder.*{cause or f'{key}.*{value}'}", lambda: read(folder))
             if not cause:  # left out, it is as OpenAI has it
                 edit_config(folder, **{key: "gone"}, resid_pdrop="gone")
                 assert read(folder).config["dropout_rate"] == 0.1
-
     def test_causal_masks_of_layers_10_and_up_of_an_old_file_are_left_out(self, folder):
         model = lively(TINY | {"n_layers": 12, "emb_dim": 6})
-        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(12)}
         weights = openai_weights(model)
         edit_config(folder, n_layer=12, n_embd=6)
+        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(12)}
         torch.save(weights | masks, folder / "pytorch_model.bin")
         assert same(read(folder).state_dict(), model.state_dict())
-        for name, tensor in (("lm_head", weights["wte.weight"] + 1), ("extra", torch.zeros(2))):  # but no others
-            torch.save(weights | {f"{name}.weight": tensor}, folder / "pytorch_model.bin")
+        for name in ("lm_head", "extra"):  # other weights are not left out
+            torch.save(weights | {f"{name}.weight": weights["wte.weight"] + 1}, folder / "pytorch_model.bin")
             refused(f"folder.*{name}", lambda: read(folder))
-
     def test_a_damaged_file_is_named_and_nothing_in_it_is_run(self, folder, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         path = folder / "model.safetensors"
         for edit in ({"data_offsets": [10**9, 10**9 + 48]}, {"data_offsets": [0, 1, 2]}, {"shape": [11]},
                      {"shape": ["x"]}, {"dtype": "F4"}):
-            write_safetensors(path, openai_weights(lively(TINY)), lambda header: header[LN].update(edit))
+            write_safetensors(path, openai_weights(lively(TINY)), **edit)
             refused("model.safetensors", lambda: read(folder))
         deep = (10**5).to_bytes(8, "little") + b"[" * 10**5
         for content in (path.read_bytes()[:-100], b"", b"\2\0\0\0\0\0\0\0[]", b"words " * 99, deep):
@@ -1173,11 +1026,10 @@ class TestPretrained:
             path.write_bytes(content)
             refused("folder", lambda: read(folder))
         assert not Path("trapped").exists()
-
     def test_a_size_is_downloaded_from_the_hub_and_what_exists_comes_first(self, monkeypatch, tmp_path):
         asked = []
+        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", {key: TINY[key] for key in gpt2.OPENAI_SIZES["gpt2"]})
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", {key: TINY[key] for key in TINY if key != "dropout_rate"})
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: (
             asked.append((url, options)) or openai_weights(lively(TINY))))
         for variable, host in (("", "https://huggingface.co"), ("http://mirror", "http://mirror")):
@@ -1187,12 +1039,11 @@ class TestPretrained:
             assert asked.pop() == (url, {"file_name": "gpt2.bin", "weights_only": True})
         assert same(model.state_dict(), lively(TINY).state_dict()) and model.config["dropout_rate"] == 0.1
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail(OSError("no route")))
-        half = tmp_path / "checkpoints" / "gpt2.bin"  # a download that was cut short does not stay
         monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-        half.parent.mkdir()
-        half.touch()
+        (tmp_path / "checkpoints").mkdir()
+        write(tmp_path / "checkpoints" / "gpt2.bin", "half of it")
         refused("gpt2.*no route", lambda: read("gpt2"))
-        assert not half.exists()
+        assert os.listdir("checkpoints") == []  # the next try is not with half a file
         save_model(lively(TINY, seed=5), tmp_path / "gpt2")
         assert same(read("gpt2").state_dict(), lively(TINY, seed=5).state_dict())
 
@@ -1200,37 +1051,31 @@ class TestLargeTexts:
     def test_tokens_of_pieces_are_those_of_the_whole(self, tmp_path, tokenizer, monkeypatch):
         """Files read in blocks of a few characters, so that every place is somewhere a cut."""
         rng = random.Random(0)
-        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0", "\0", "\x0b", " the",
-               "<|endoftext|>", "'s", "é", "🙂", "漢", "12", "!?", "\ufeff", "word", "a"]
-
+        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0", "\0", "\x0b", "12",
+               "<|endoftext|>", "'s", "é", "🙂", "漢", " the", "!?", "\ufeff", "word", "a"]
         class Blocks(io.TextIOWrapper):
             def read(self, size=-1):
                 return super().read(rng.randint(1, 40))
-
         monkeypatch.setattr(os, "cpu_count", lambda: 1)
         monkeypatch.setattr(gpt2, "open", lambda path, **more: Blocks(io.FileIO(path), **more), raising=False)
         for number in range(60):
             text = "".join(rng.choice(odd) for _ in range(300))
-            path = write(tmp_path / f"{number}.txt", text)
-            tokens = gpt2.tokenize_file(str(path))
+            tokens = gpt2.tokenize_file(str(write(tmp_path / f"{number}.txt", text)))
             assert tokens.tolist() == tokenizer.encode(text.removeprefix("\ufeff"), allowed_special="all")
-            assert tokens.dtype == torch.uint16 and len(list(gpt2.safe_pieces(path))) > 5
-
+            assert tokens.dtype == torch.uint16
     def test_a_byte_order_mark_is_no_text_and_what_is_no_text_is_refused(self, tmp_path, tokenizer):
         path = tmp_path / "some.txt"
         path.write_bytes(b"\xef\xbb\xbfhello world")
         assert gpt2.tokenize_file(str(path)).tolist() == tokenizer.encode("hello world")
-        for content, cause in ((b"", "some.txt is empty"), (b"\xef\xbb\xbf", "empty"), (b"caf\xe9 au", "UTF-8.*0xe9")):
+        for content, cause in ((b"", "empty"), (b"\xef\xbb\xbf", "empty"), (b"caf\xe9 au", "UTF-8.*0xe9")):
             path.write_bytes(content)
-            refused(cause, lambda: gpt2.tokenize_file(str(path)))
-
-    @cases("rows, outputs, pieces", [(1, 320, 32), (128, 320, 32), (129, 320, 0), (1, 240, 0), (2, 250, 25),
-                                     (8, 251, 1)])
+            refused(f"some.txt.*{cause}|0xe9", lambda: gpt2.tokenize_file(str(path)))
+    @cases("rows, outputs, pieces", [(1, 320, 32), (128, 320, 32), (129, 320, 0), (1, 240, 0), (2, 250, 25)])
     def test_few_rows_are_multiplied_in_pieces_with_the_same_result(self, monkeypatch, rows, outputs, pieces):
         """How fast that is no test can say; that the way is taken, this one does."""
-        shapes = []
+        cuts = []
         real = torch.baddbmm
-        monkeypatch.setattr(torch, "baddbmm", lambda bias, x, cut: shapes.append(cut.shape) or real(bias, x, cut))
+        monkeypatch.setattr(torch, "baddbmm", lambda *parts: cuts.append(len(parts[2])) or real(*parts))
         torch.manual_seed(rows)
         weight = torch.randn(outputs, 400)  # from 250 · 400 = 100,000 numbers on
         x = torch.randn(1, rows, 400)
@@ -1240,8 +1085,7 @@ class TestLargeTexts:
             with torch.no_grad():
                 assert torch.allclose(gpt2.linear(x, weight, bias), expected, atol=1e-4)
                 gpt2.linear(x.double(), weight.double())
-        assert shapes == [(pieces, 400, outputs // pieces)] * 2 if pieces else not shapes
-
+        assert cuts == [pieces] * 2 if pieces else not cuts
     def test_glibc_is_told_to_keep_freed_memory(self, monkeypatch):
         told = []
         libc = SimpleNamespace(mallopt=lambda option, value: told.append((option, value)))
@@ -1251,14 +1095,14 @@ class TestLargeTexts:
         monkeypatch.setattr(gpt2.ctypes, "CDLL", fail(OSError("no glibc")))
         gpt2.keep_freed_memory()
 
-COMMAND_OPTIONS = {
-    "train": {"model_size": "", "init": "", "resume": False, "overwrite": False, "out": "checkpoints"} | gpt2.CONFIG,
+OPTIONS = {  # of each command, beside keys of CONFIG
+    "train": {"model_size": "", "init": "", "resume": False, "overwrite": False, "out": "checkpoints"},
     "generate": {"model": "checkpoints/last.pt", "max_tokens": 100, "do_sample": False, "temperature": 1.0,
-                 "top_k": 0, "top_p": 1.0, "num_samples": 1, "instruct": False, "seed": 42, "device": "auto",
-                 "precision": "auto"},
-    "eval": {"model": "checkpoints/last.pt", "data": "the-verdict.txt", "stride": 0, "all": False, "json": False,
-             "device": "auto", "precision": "auto"},
+                 "top_k": 0, "top_p": 1.0, "num_samples": 1, "instruct": False},
+    "eval": {"model": "checkpoints/last.pt", "all": False, "json": False},
     "export": {"model": "checkpoints/last.pt"}}
+KEYS = {"train": [*gpt2.CONFIG], "generate": ["seed", "device", "precision"],
+        "eval": ["data", "stride", "device", "precision"], "export": []}
 
 # A command line, a colon, and what its error says; two spaces or more end both.
 BAD_LINES = """
@@ -1301,7 +1145,7 @@ def shelf(tmp_path_factory, config):
     files = {"latin.txt": b"caf\xe9 au lait", "empty.txt": b"", "short.txt": b"hello there", "one.txt": b"a",
              "broken.jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "empty.jsonl": b"",
              "keys.jsonl": b'{"text": "a"}\n', "number.jsonl": b"7\n", "broken.json": b'[{"prompt": ]',
-             "null.jsonl": b'{"instruction": "x", "input": "y"}\n', "words.pt": b"these are words\n" * 9, "a.pt": b"a",
+             "null.jsonl": b'{"instruction": "x", "input": "y"}\n', "words.pt": b"words " * 99, "a.pt": b"a",
              "single.jsonl": b'{"prompt": "a", "completion": "b"}\n', "trap.pt": pickle.dumps(Trap())}
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -1319,18 +1163,15 @@ class TestCommandLine:
         before = sorted(shelf.rglob("*"))
         result = at_shelf(*line.split())
         *notes, last = result.err.splitlines()
-        assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and re.search(cause, last), result.err
+        assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and re.search(cause, last), last
         assert all(note[:6] in ("data  ", "model ") for note in notes) and sorted(shelf.rglob("*")) == before
-
-    @cases("command", COMMAND_OPTIONS)
-    def test_help_shows_every_option_with_its_meaning_and_default(self, cli, monkeypatch, command):
-        monkeypatch.setenv("COLUMNS", "300")
-        result = cli(command, "--help")
-        shown = dict(re.findall(r"^  --(?:\w+, --no-)?(\w+)(?: [A-Z]+)?\s+(\S.*)$", result.out, re.MULTILINE))
-        assert result.code == 0 and shown.keys() == COMMAND_OPTIONS[command].keys()
-        for key, value in COMMAND_OPTIONS[command].items():
-            assert re.fullmatch(rf"\S.{{3,}} \(default: {re.escape(str(value))}\)", shown[key]), key
-
+    @cases("command", OPTIONS)
+    def test_help_shows_every_option_with_its_meaning_and_default(self, cli, command):
+        blocks = [" ".join(block.split()) for block in cli(command, "--help").out.split("\n  --")[1:]]
+        options = OPTIONS[command] | {key: gpt2.CONFIG[key] for key in KEYS[command]}
+        assert [re.match(r"\w+", block).group() for block in blocks] == list(options)
+        for block, value in zip(blocks, options.values(), strict=True):
+            assert re.fullmatch(rf"\S+ .*[a-z]{{3}}.* \(default: {re.escape(str(value))}\)", block)
     def test_train_says_what_it_does_and_what_comes_next(self, cli, config, monkeypatch):
         """With a clock by which each step lasts 50 seconds, and what it measures 2."""
         seconds, ticks = itertools.count(0, 50), itertools.count(0, 2)
@@ -1343,125 +1184,107 @@ class TestCommandLine:
         for line, row, left in zip(steps, (rows[1], rows[3], rows[4]), ("2:30", "0:50", "0:00"), strict=True):
             parts = f"step {row['step']}/5 ", f"{row['train_loss']:.3f}", "  validation ", f" {left} "
             assert all(part in line for part in parts)
-        assert [row["step"] for row in rows if "val_loss" in row] == [2, 4]  # not the one that max_steps asked for
         assert "    I HAD always thought" in result.err and "403,008 parameters" in result.err
         assert "generate --model new/run/last.pt" in result.err.splitlines()[-1]
         monkeypatch.setenv("RANK", "1")  # only the first process speaks and writes
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "second")
         assert (result.code, result.err, Path("second").exists()) == (0, "", False)
-
     def test_every_key_is_an_option_and_so_is_where_to_begin(self, cli, config, monkeypatch):
-        full = gpt2.CONFIG | config | {"qkv_bias": False, "max_steps": 1, "seed": 5, "sample_prompt": "He said",
-                                       "device": "cpu", "precision": "fp32"}
+        full = {"qkv_bias": False, "max_steps": 1, "seed": 5, "sample_prompt": "He said", "device": "cpu"}
+        full |= gpt2.CONFIG | config | full | {"precision": "fp32"}
         assert cli("train", *words(full)).code == 0 and load("checkpoints/last.pt")["config"] == full
         sizes = {key: SMALL[key] for key in SMALL if key != "dropout_rate"}
         monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", sizes)
-        given = [*words({key: value for key, value in config.items() if key not in TINY}), "--max_steps", 1]
-        for how, heads in (("--model_size gpt2 --n_heads 4 --overwrite", 4), ("--resume --max_steps 2", 4),
-                           ("--init checkpoints/best.pt --overwrite", 4)):
+        given = words({key: value for key, value in config.items() if key not in TINY} | {"max_steps": 1})
+        for how in ("--model_size gpt2 --n_heads 4 --overwrite", "--resume --max_steps 2",
+                    "--init checkpoints/best.pt --overwrite"):
             assert cli("train", *(given if "resume" not in how else ()), *how.split()).code == 0
-            assert read("checkpoints/last.pt").config == SMALL | {"n_heads": heads}
-
+            assert read("checkpoints/last.pt").config == SMALL | {"n_heads": 4}
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
-    def test_a_signal_within_a_step_saves_it_and_says_how_to_go_on(self, cli, config, whole, monkeypatch, name,
-                                                                   status):
+    def test_a_signal_within_a_step_saves_it_and_says_how_to_go_on(self, cli, config, whole, name, status):
         number = getattr(signal, name)
         strike = at_call(3, lambda: signal.raise_signal(number), gpt2.learning_rate_at)
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gpt2, "learning_rate_at", strike)
-            result = cli("train", *words(config | {"checkpoint_every": 99, "eval_every": 99}), "--out", "run")
+            result = cli("train", *words(config | {"checkpoint_every": 99, "eval_every": 99}), "--out=run")
         assert result.code == status and "train --resume --out run" in result.err.splitlines()[-1]
-        assert "finishing this step" in result.err and signal.getsignal(number) == signal.SIG_DFL  # does not wait
+        assert "finishing this step" in result.err
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second one would not wait
         assert sorted(os.listdir("run")) == ["last.pt", "loss.png", "metrics.jsonl"]
         assert len(metrics_of(Path("run"))) == load("run/last.pt")["step"] == 3
         assert cli("train", "--resume", "--eval_every", 2, "--out", "run").code == 0
         assert same(load("run/last.pt")["model"], load(whole / "last.pt")["model"])
-
-    def test_a_signal_at_the_end_changes_nothing_and_before_the_first_step_ends_at_once(self, cli, one_window,
-                                                                                       monkeypatch):
-        strike = at_call(5, lambda: signal.raise_signal(signal.SIGTERM), gpt2.learning_rate_at)
-        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
-        assert cli("train", *words(one_window)).code == 0
-        monkeypatch.setattr(gpt2, "load_data", fail(KeyboardInterrupt()))
-        result = cli("train", "--out", "never")
-        assert result.code == 130 and "Traceback" not in result.err and not Path("never").exists()
-
     def test_what_a_machine_lacks_is_one_line_and_a_bug_is_not(self, cli, monkeypatch):
-        out_of_memory = RuntimeError("CUDA out of memory. Tried")
-        for error, cause in ((MemoryError(), "batch_size"), (out_of_memory, "batch_size"),
-                             (OSError("disk\non fire"), "disk on fire"), (FloatingPointError("nan"), "nan")):
+        errors = {MemoryError(): "batch_size", RuntimeError("CUDA out of memory"): "batch_size",
+                  OSError("disk\non fire"): "disk on fire", FloatingPointError("no number"): "no number"}
+        for error, cause in errors.items():
             monkeypatch.setattr(gpt2, "load_data", fail(error))
             result = cli("train")
             assert result.code == 2 and re.search(f"error: .*{cause}", result.err.splitlines()[-1])
+        monkeypatch.setattr(gpt2, "load_data", fail(KeyboardInterrupt()))
+        assert cli("train").code == 130 and not Path("checkpoints").exists()
         monkeypatch.setattr(gpt2, "load_data", fail(RuntimeError("shape")))
         refused("shape", lambda: cli("train"), RuntimeError)
-
-    def test_generate_continues_the_prompt_and_does_not_write_on_past_the_end_of_text(self, at_shelf, tokenizer,
-                                                                                      tmp_path):
-        model = read("good.pt")
-        new = gpt2.generate(model, gpt2.text_to_token_ids("Once upon", tokenizer), 12, eos_id=END)
-        result = at_shelf("generate", "Once upon", "--model", "good.pt", "--max_tokens", 12)
-        assert (result.code, result.err, result.out) == (0, "", gpt2.token_ids_to_text(new, tokenizer) + "\n")
-        assert at_shelf("generate", "--model", "good.pt").out.startswith("I HAD always thought")
-        new = gpt2.generate(model, torch.tensor([[END]]), 5, eos_id=END)  # without a prompt a text begins
-        result = at_shelf("generate", "", "--model", "good.pt", "--max_tokens", 5)
-        assert result.out == gpt2.token_ids_to_text(new[:, 1:], tokenizer) + "\n"
-        path = speaking(tmp_path / "a.pt", tokenizer.encode(" and so on.") + [END] + tokenizer.encode(" More"))
-        assert at_shelf("generate", "Once", "--model", path).out == "Once and so on.\n"
+    def test_generate_continues_the_prompt_and_ends_at_the_end_of_text(self, at_shelf, tokenizer, tmp_path):
+        def text(*options, model="good.pt"):
+            result = at_shelf("generate", *options, "--model", model)
+            assert (result.code, result.err) == (0, "")
+            return result.out
+        new = gpt2.generate(read("good.pt"), gpt2.text_to_token_ids("Once upon", tokenizer), 12, eos_id=END)
+        assert text("Once upon", "--max_tokens", 12) == gpt2.token_ids_to_text(new, tokenizer) + "\n"
+        assert text().startswith("I HAD always thought")
+        new = gpt2.generate(read("good.pt"), torch.tensor([[END]]), 5, eos_id=END)[:, 1:]
+        assert text("", "--max_tokens", 5) == gpt2.token_ids_to_text(new, tokenizer) + "\n"  # a text begins
+        path = speaking(tmp_path / "a.pt", [*tokenizer.encode(" and so."), END, *tokenizer.encode(" More")])
+        assert text("Once", model=path) == "Once and so.\n"
         asked = tokenizer.encode(gpt2.instruction_prompt("Is it?"))  # its answer alone is printed
         speaking(path, tokenizer.encode("Yes.") + [END], after=len(asked))
-        assert at_shelf("generate", "Is it?", "--instruct", "--model", path).out == "Yes.\n"
-
-    def test_a_character_of_several_tokens_is_printed_whole_and_at_once(self, cli, tokenizer, monkeypatch):
+        assert text("Is it?", "--instruct", model=path) == "Yes.\n"
+    def test_a_character_of_several_tokens_is_printed_whole_and_at_once(self, cli, tokenizer):
         text = " A🙂é漢字B"
         speaking("says.pt", [*tokenizer.encode(text), END])
         speaking("half.pt", [tokenizer.encode("🙂")[0], END])
         assert cli("generate", "Say", "--model", "half.pt").out == "Say\ufffd\n"
         said = []
         flush = functools.partial(said.append, "flush")
-        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=said.append, flush=flush, isatty=lambda: False))
-        code = gpt2.main(["generate", "Say", "--model", "says.pt"])
-        monkeypatch.undo()
-        assert code == 0 and "".join(said).replace("flush", "") == f"Say{text}\n"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", SimpleNamespace(write=said.append, flush=flush, isatty=bool))
+            assert gpt2.main(["generate", "Say", "--model", "says.pt"]) == 0
+        assert "".join(said).replace("flush", "") == f"Say{text}\n"
         assert {"🙂", "漢", "B"} <= set(said) and said.count("flush") > len(text)
-
-    def test_control_characters_never_reach_a_terminal(self, cli, tokenizer, monkeypatch):
-        prompt = "\x9bp"
-        speaking("beeps.pt", tokenizer.encode("\x1b[2J\tx\n\x07") + [END], after=len(tokenizer.encode(prompt)))
-        assert cli("generate", prompt, "--model", "beeps.pt").out == "\x9bp\x1b[2J\tx\n\x07\n"
+    def test_control_characters_never_reach_a_terminal(self, cli, tokenizer):
+        said = tokenizer.encode("\x1b[2J\tx\n\x07")
+        speaking("beeps.pt", [*said, END], after=len(tokenizer.encode("\x9bp")))
+        assert cli("generate", "\x9bp", "--model", "beeps.pt").out == "\x9bp\x1b[2J\tx\n\x07\n"
         assert "\x1b" not in cli("generate", "--model", "\x1b[2J").err  # nor by an error
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", Terminal())
-            assert gpt2.main(["generate", prompt, "--model", "beeps.pt"]) == 0
+            assert gpt2.main(["generate", "\x9bp", "--model", "beeps.pt"]) == 0
             assert sys.stdout.getvalue() == "\\x9bp\\x1b[2J\tx\n\\x07\n"
         assert gpt2.printable("".join(map(chr, range(256)))).count("\\x") == 32 - 2 + 33
-
     def test_live_lines_are_for_terminals_and_fit_them(self, monkeypatch):
         monkeypatch.setattr(os, "get_terminal_size", lambda number: os.terminal_size((20, 24)))
         gpt2.log.addHandler(gpt2.Notes())
         gpt2.log.setLevel(logging.INFO)
-        for screen, expected in ((Terminal(), "\r\x1b[K" + "x" * 19 + "\r\x1b[K" + "y" * 30 + "\n"),
-                                 (io.StringIO(), "y" * 30 + "\n")):
+        shown = "\r\x1b[K" + "x" * 19 + "\r\x1b[K" + "y" * 30 + "\n"
+        for screen, expected in ((Terminal(), shown), (io.StringIO(), "y" * 30 + "\n")):
             monkeypatch.setattr(sys, "stderr", screen)
             gpt2.log.info("x" * 30, extra={"live": True})
             gpt2.log.info("y" * 30)
             assert screen.getvalue() == expected
         screen.write = fail(OSError("full"))
         gpt2.log.info("a note that nobody can read stops nothing")
-
-    def test_a_sampling_option_implies_drawing_and_the_first_of_several_samples_is_that_of_one(self, at_shelf):
-        def text(*options):
-            return at_shelf("generate", "Once", "--model", "good.pt", "--max_tokens", 9, *options).out
-
-        greedy, drawn = text(), text("--do_sample")
-        for option in ({"--temperature": 1.0}, {"--top_k": 60_000}, {"--top_p": 1.0}, {"--top_k": 0}):
-            assert text(*itertools.chain(*option.items())) == drawn != greedy
-        for option in ({"--temperature": 0}, {"--top_k": 1}, {"--top_p": 1e-9}):
-            assert text(*itertools.chain(*option.items())) == greedy
-        parts = re.split(r"--- sample (\d) of 3 ---\n", text("--do_sample", "--num_samples", 3))
+    def test_a_sampling_option_implies_drawing_and_one_text_is_the_first_of_several(self, at_shelf):
+        def text(options):
+            return at_shelf("generate", "Once", "--model=good.pt", "--max_tokens=9", *options.split()).out
+        greedy, drawn = text(""), text("--do_sample")
+        for options in ("--temperature 1", "--top_k 60000", "--top_p 1", "--top_k 0"):
+            assert text(options) == drawn != greedy
+        for options in ("--temperature 0", "--top_k 1", "--top_p 1e-9"):
+            assert text(options) == greedy
+        parts = re.split(r"--- sample (\d) of 3 ---\n", text("--do_sample --num_samples 3"))
         assert parts[:2] == ["", "1"] and parts[3::2] == ["2", "3"] and len(set(parts[2::2])) == 3
-        assert parts[2] == drawn and text("--do_sample", "--seed", 43) == parts[4]
-
+        assert parts[2] == drawn and text("--do_sample --seed 43") == parts[4]
     def test_a_long_prompt_is_noted_and_overflow_is_one_line_below_the_prompt(self, at_shelf, tmp_path):
         for prompt, noted in ((" one" * 9, True), (" one" * 8, False)):
             result = at_shelf("generate", prompt, "--model", "good.pt", "--max_tokens", 1)
@@ -1470,7 +1293,6 @@ class TestCommandLine:
         loud.final_norm.weight.data.fill_(1e38)
         result = at_shelf("generate", "Once", "--model", save_model(loud, tmp_path / "loud.pt"))
         assert (result.code, result.out) == (2, "Once") and "logits" in result.err
-
     def test_a_prompt_from_standard_input_and_a_closed_pipe_end_quietly(self, at_shelf, monkeypatch):
         """The one real process: `echo Once | python gpt2.py generate - ... | head -c 1`."""
         options = ["--model", "good.pt", "--max_tokens", 5]
@@ -1482,13 +1304,14 @@ class TestCommandLine:
             assert process.stdout.read(1) == "O"
             process.stdout.close()
             assert process.stderr.read() == "" and process.wait() == 141
-
     def test_precision_says_in_what_numbers_a_model_computes(self, at_shelf, config, monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # auto is fp32 even so
-        options = ["eval", "--model", "good.pt", "--data", config["data"], "--json", "--precision"]
-        auto, *losses = (json.loads(at_shelf(*options, name).out)["loss"] for name in ("auto", "fp32", "bf16", "fp16"))
-        assert auto == losses[0] and len(set(losses)) == 3 and losses == approx([auto] * 3, rel=0.02)
-
+        losses = []
+        for name in ("auto", "fp32", "bf16", "fp16"):
+            options = ["--model=good.pt", "--data", config["data"], "--json", "--precision", name]
+            losses.append(json.loads(at_shelf("eval", *options).out)["loss"])
+        assert losses[0] == losses[1] == approx(losses[2], rel=0.02) == approx(losses[3], rel=0.02)
+        assert len(set(losses)) == 3
     def test_eval_reports_loss_perplexity_and_bits_of_each_token_once(self, at_shelf, tmp_path, tokenizer):
         text = VERDICT[:300] + "<|endoftext|>Ünïcode 🙂 counts in bytes."
         path = write(tmp_path / "text.txt", text)
@@ -1502,46 +1325,41 @@ class TestCommandLine:
             assert json.loads(at_shelf(*options, "--json").out) == approx(expected, rel=1e-6)
             table = dict(line.split() for line in at_shelf(*options).out.splitlines())
             assert float(table["loss"]) == approx(loss, abs=1e-4) and table["tokens"] == str(len(ids) - 1)
-
     def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config, whole):
         def report(data, *options):
             result = cli("eval", "--model", whole / "last.pt", "--json", "--data", data, *options)
             return json.loads(result.out)
-
         n_train, n_val = (len(part.token_ids) for part in gpt2.load_data(gpt2.CONFIG | config))
-        held_back = report(config["data"], "--stride", 8)
-        assert held_back["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
-        assert held_back["tokens"] == n_val - 1
+        copy = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # known by its bytes
+        assert copy["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
+        assert copy["tokens"] == n_val - 1
         assert report(config["data"], "--all")["tokens"] == n_train + n_val - 1
-        assert report(shutil.copy(config["data"], "copy.txt"))["tokens"] == n_val - 1  # told by its bytes
         assert report(write("other.txt", VERDICT[:800]))["tokens"] > n_train
-
     def test_eval_of_examples_reports_accuracy_over_2_to_50_labels(self, at_shelf, tmp_path):
-        model = read("good.pt")
-
         def report(path):
             return json.loads(at_shelf("eval", "--model", path, "--data", tmp_path / "a.jsonl", "--json").out)
-
+        model = read("good.pt")
+        losses = []
+        for label in (" 0", " 1"):
+            pairs = gpt2.CompletionDataset([(f"{i} is", label) for i in range(51)], 8)
+            losses.append([gpt2.summed_loss(model(x[None]), y[None]).item() for x, y in pairs])
         for n, reported in ((1, False), (50, True), (51, False), (2, True)):
-            rows = [(f"{i} is", f" {i % n}") for i in range(51)]
-            write_lines(tmp_path / "a.jsonl", *({"prompt": a, "completion": b} for a, b in rows))
-            pairs = gpt2.CompletionDataset(rows, 8)
+            rows = [{"prompt": f"{i} is", "completion": f" {i % n}"} for i in range(51)]
+            write_lines(tmp_path / "a.jsonl", *rows)
             out = report("good.pt")
-            assert out["loss"] == approx(gpt2.evaluate(model, pairs)) and out["tokens"] == 2 * 51
-            n_bytes = sum(len(label) for _, label in rows)
-            assert out["bits_per_byte"] == approx(out["loss"] * 102 / math.log(2) / n_bytes)
-            assert ("accuracy" in out) == reported
-        right = [label == true for label, (_, true) in zip(gpt2.classify(model, pairs), rows, strict=True)]
+            assert out["tokens"] == 102 and ("accuracy" in out) == reported
+        total = sum(losses[i % 2][i] for i in range(51))
+        assert (out["loss"], out["bits_per_byte"]) == approx((total / 102, total / math.log(2) / 102))
+        right = [losses[i % 2][i] < losses[1 - i % 2][i] for i in range(51)]
         assert out["accuracy"] == sum(right) / 51 and 0 < sum(right) < 51
         model.final_norm.weight.data.mul_(1e5)  # perplexity has an upper end
         assert report(save_model(model, tmp_path / "loud.pt"))["perplexity"] == math.exp(700)
-
     @long_test
     def test_on_a_real_terminal_control_characters_are_written_out(self, tmp_path, tokenizer):
         pty = pytest.importorskip("pty")
-        speaking(tmp_path / "beeps.pt", tokenizer.encode("\x1b[2J\x07") + [END])
+        path = speaking(tmp_path / "beeps.pt", tokenizer.encode("\x1b[2J\x07") + [END])
         ours, theirs = pty.openpty()
-        with start("generate", "p", "--model", tmp_path / "beeps.pt", stdout=theirs, stderr=theirs) as process:
+        with start("generate", "p", "--model", path, stdout=theirs, stderr=theirs) as process:
             assert process.wait() == 0
         assert os.read(ours, 1000).decode().replace("\r\n", "\n") == "p\\x1b[2J\\x07\n"  # by now all is there
         os.close(theirs)
@@ -1552,14 +1370,12 @@ class TestProject:
     @pytest.fixture
     def notebook(self):
         return json.loads((HERE / "walkthrough.ipynb").read_text("utf-8"))
-
     def assert_ran(self, notebook):
         """From top to bottom, and no cell ended in an error or wrote to standard error."""
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)) and len(cells) > 5
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)) and cells
         for output in (output for cell in cells for output in cell["outputs"]):
             assert output["output_type"] != "error" and output.get("name") != "stderr", output
-
     def test_the_notebook_has_readable_ids_and_was_run_from_top_to_bottom(self, notebook):
         self.assert_ran(notebook)
         assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
@@ -1568,32 +1384,28 @@ class TestProject:
         assert not any(re.fullmatch(r"[0-9a-f-]{8,}", i) for i in ids)
         text = (HERE / "walkthrough.ipynb").read_text("utf-8")
         assert len(text.encode()) < 2_500_000
-        assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)  # nothing from elsewhere
-
-    def test_the_notebook_runs(self, tmp_path, notebook):
-        folder = shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "checkpoints", ".venv"))
+        assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)
+    def test_the_notebook_runs(self, tmp_path):
+        ignored = shutil.ignore_patterns(".git", "checkpoints", ".venv")
+        folder = shutil.copytree(HERE, tmp_path / "copy", ignore=ignored)
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--output-dir",
-                   tmp_path, "--output", "executed.ipynb", "walkthrough.ipynb"]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+        done = subprocess.run([*command, "walkthrough.ipynb"], cwd=folder, env=environment, timeout=1500,
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        self.assert_ran(json.loads((tmp_path / "executed.ipynb").read_text("utf-8")))
-
+        self.assert_ran(json.loads((folder / "walkthrough.ipynb").read_text("utf-8")))
     def test_requirements_are_pinned(self):
         lines = (HERE / "requirements.txt").read_text("utf-8").splitlines()
         packages = dict(line.split("==") for line in lines if line and not line.startswith("#"))
         assert packages.keys() == {"torch", "tiktoken", "matplotlib", "jupyter", "pytest"}
         assert all(re.fullmatch(r"[0-9.]+", version) for version in packages.values())
-
     def test_the_readme_names_the_two_commands_and_its_links_exist(self):
         text = (HERE / "README.md").read_text("utf-8")
         assert "python -m pytest -q" in text and "python gpt2.py train" in text
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (HERE / target).exists(), target
-
     def test_the_vocabulary_files_are_those_that_tiktoken_expects(self):
-        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (HERE / ".tiktoken").iterdir()}
         address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-        expected = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-                    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-        assert files == {hashlib.sha1((address + name).encode()).hexdigest(): sha for name, sha in expected.items()}
+        for name, digest in (("vocab.bpe", "1ce1664773c50f3e"), ("encoder.json", "196139668be63f3b")):
+            path = HERE / ".tiktoken" / hashlib.sha1((address + name).encode()).hexdigest()
+            assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest)
