@@ -13,8 +13,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait at this size; and every sum has one order
 
-import functools
-import hashlib
 import io
 import itertools
 import json
@@ -60,12 +58,9 @@ def clean_process():
         signal.signal(number, handler)
     gpt2.log.handlers.clear()
     gpt2.log.setLevel(logging.NOTSET)
-
 @pytest.fixture
 def cli(capfd, monkeypatch, tmp_path):
     """gpt2.py as a function, in an empty folder: cli("eval", "--stride", 3) -> .code, .out, .err."""
-    monkeypatch.chdir(tmp_path)
-
     def call(*arguments):
         capfd.readouterr()
         gpt2.log.handlers.clear()
@@ -74,31 +69,26 @@ def cli(capfd, monkeypatch, tmp_path):
         except SystemExit as stop:
             code = stop.code
         return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
-
+    monkeypatch.chdir(tmp_path)
     return call
-
 def start(*arguments, **options):
     """gpt2.py as a process of its own, killed after 100 seconds: no test waits for ever."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     process = subprocess.Popen([sys.executable, HERE / "gpt2.py", *map(str, arguments)], text=True, **pipes)
     threading.Thread(target=lambda: (time.sleep(100), process.kill()), daemon=True).start()
     return process
-
 def refused(cause, call, error=ValueError):
     """The call raises this error, and its message names the cause (a regular expression)."""
     with pytest.raises(error) as caught:
         call()
     assert re.search(cause, str(caught.value), re.DOTALL), str(caught.value)
-
 def fail(error):
     """A function that only raises this error."""
     return lambda *arguments, **named: (_ for _ in ()).throw(error)
-
 def at_call(k, act, function):
     """`function`, but its k-th call does `act` first."""
     calls = itertools.count(1)
     return lambda *arguments: (next(calls) == k and act(), function(*arguments))[1]
-
 def lively(config, scale=0.3, seed=0):
     """A model whose logits differ by more than rounding; those of an untrained one hardly do."""
     torch.manual_seed(seed)
@@ -106,14 +96,11 @@ def lively(config, scale=0.3, seed=0):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=scale)
     return model
-
 def some_ids(*shape, vocab=61, seed=1):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
-
 def save_model(model, path):
     gpt2.save_checkpoint(path, {"config": model.config, "model": model.state_dict()})
     return path
-
 def speaking(path, tokens, after=1):
     """Save a real model that says these tokens after a prompt of `after`: its positions alone decide."""
     model = gpt2.GPT2(SMALL | {"context_length": after + len(tokens) + 9, "emb_dim": 32})
@@ -127,7 +114,6 @@ def speaking(path, tokens, after=1):
         for t, token in enumerate(tokens):
             model.position_embedding.weight[after - 1 + t, kinds.index(token)] = 100.0
     return save_model(model, path)
-
 def same(a, b):
     """Whether two nested states hold bit for bit the same."""
     if isinstance(a, dict):
@@ -135,22 +121,17 @@ def same(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
 def numbers(rows, *without):
     """What must repeat in the rows of two runs."""
     dropped = {"tokens_per_second", "sample", "total_steps", "model", *without}
     return [{key: value for key, value in row.items() if key not in dropped} for row in rows]
-
 def assert_close(rows, reference, *without):
     for row, expected in zip(numbers(rows, *without), numbers(reference, *without), strict=True):
         assert row == approx(expected, rel=1e-4)
-
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-
 def load(path):
     return gpt2.load_checkpoint(path, mmap=False)
-
 def assert_same_run(folder, reference, best=True):
     """Two folders hold the same metrics, weights and moments, and the same best weights."""
     assert numbers(metrics_of(folder)) == numbers(metrics_of(reference))
@@ -159,36 +140,29 @@ def assert_same_run(folder, reference, best=True):
     if best:
         ours, theirs = load(folder / "best.pt"), load(reference / "best.pt")
         assert same(ours["step"], theirs["step"]) and same(ours["model"], theirs["model"])
-
 def words(config):
     """A config as options of the command line."""
     flags = [f"--{'' if value else 'no-'}{key}" for key, value in config.items() if isinstance(value, bool)]
     return flags + [f"--{key}={value}" for key, value in config.items() if not isinstance(value, bool)]
-
 def write(path, text):
     Path(path).write_text(text, encoding="utf-8", newline="")
     return path
-
 def write_lines(path, *entries):
     return write(path, "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries))
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return gpt2.load_tokenizer()
-
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     """Two epochs of 7 steps, the last with fewer windows. The text comes twice: so its end can be learnt."""
     path = write(tmp_path_factory.mktemp("text") / "short.txt", VERDICT[:400] * 2)
     return SMALL | {"dropout_rate": 0.1, "data": str(path), "batch_size": 3, "grad_accumulation": 2,
                     "epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2}
-
 @pytest.fixture(scope="session")
 def one_window(tmp_path_factory, tokenizer):
     """A run of five epochs of one window: the same batch in every step."""
     path = write(tmp_path_factory.mktemp("one") / "one.txt", tokenizer.decode(tokenizer.encode(VERDICT)[:9]))
     return SMALL | {"data": str(path), "val_fraction": 0.0, "epochs": 5, "learning_rate": 1e-3}
-
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, config):
     """The folder of a run that nothing disturbed, and in it folders 1, 2, ... as each step left it."""
@@ -196,7 +170,6 @@ def whole(tmp_path_factory, config):
     for row in gpt2.train(config | {"checkpoint_every": 1}, out=folder):
         shutil.copytree(folder, folder / str(row["step"]), ignore=shutil.ignore_patterns("?", "1?"))
     return folder
-
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory):
     """Fine-tuning data of unequal lengths, sorted by class as files often are."""
@@ -219,24 +192,19 @@ def openai_weights(model):
         theirs[f"{their}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
         theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
     return theirs
-
 def reference_logits(weights, n_heads, ids):
     """GPT-2 as the paper tells it: T token ids -> logits (T, V)."""
-    w = {name: tensor.double() for name, tensor in weights.items()}
-    width = w["wte.weight"].size(1)
-    size = width // n_heads
-
     def norm(x, name):
         mean = sum(x.tolist()) / width
         variance = sum((value - mean) ** 2 for value in x.tolist()) / width
         return (x - mean) / math.sqrt(variance + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
-
     def dense(x, name):
         return x @ w[name + ".weight"] + w[name + ".bias"]
-
     def gelu(v):
         return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
-
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    width = w["wte.weight"].size(1)
+    size = width // n_heads
     stream = [w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)]
     for block in (f"h.{i}." for i in range(99) if f"h.{i}.ln_1.weight" in w):
         parts = [dense(norm(x, block + "ln_1"), block + "attn.c_attn").split(width) for x in stream]
@@ -362,8 +330,12 @@ class TestData:
         assert train_set.token_ids.tolist() == ids[: 5145 - n_val]
         assert (val_set.token_ids.tolist() if val_set else []) == ids[5145 - n_val :]
         assert train_set.starts.step == change.get("stride", 32)  # else half the context
+    def test_too_few_tokens_are_refused_but_a_text_held_back_from_nothing_may_be_short(self):
         for key, value in (("context_length", 4630), ("max_val_tokens", 1)):
             refused("too few .*context.*val_fraction", lambda: gpt2.load_data(gpt2.CONFIG | {key: value}))
+        for context, used in ((5144, 5144), (5145, 5144), (9999, 5144), (64, 64)):
+            train_set, _ = gpt2.load_data(gpt2.CONFIG | {"val_fraction": 0.0, "context_length": context})
+            assert train_set.context_length == used
     def test_a_validation_text_shorter_than_the_context_is_measured_whole(self, tokenizer):
         _, val_set = gpt2.load_data(gpt2.CONFIG | SMALL | {"max_val_tokens": 5})
         ids = torch.tensor([tokenizer.encode(VERDICT)[-5:]])
@@ -387,9 +359,7 @@ class TestConfig:
         kind = type(gpt2.CONFIG[key])
         bad = [None, b"x", [1], "x" if kind is not str else 1] + [2.5] * (kind is int)
         if kind in (int, float):
-            whole = ("vocab_size", "emb_dim", "n_heads", "n_layers", "context_length", "batch_size",
-                     "grad_accumulation", "epochs")
-            low = int(key in whole)
+            low = int(key in (*list(gpt2.CONFIG)[:5], "batch_size", "grad_accumulation", "epochs"))
             high = 0.99 if key in ("dropout_rate", "val_fraction") else 10**6 if low else 10**9
             bad += [True, low - 1, math.nan, math.inf, high + (1 if kind is int else 0.001)]
             fitting = {"n_heads": 1} if key == "emb_dim" else {"emb_dim": 10**6} if key == "n_heads" else {}
@@ -450,11 +420,9 @@ class TestTraining:
         for epoch, alone in zip(self.epochs(26, world=4), self.epochs(26), strict=True):
             assert sorted(epoch) == list(range(26)) and set(epoch[:24]) == set(alone[:24])
         dataset = [(torch.tensor([5]), torch.tensor([6]))]
-        run = {"config": gpt2.CONFIG, "windows_per_step": 24}
-        (x, y), = gpt2.batches_of_step(dataset, 1, run, rank=1, world=4)
+        (x, y), = gpt2.batches_of_step(dataset, 1, {"config": gpt2.CONFIG, "windows_per_step": 24}, 1, 4)
         assert (x.tolist(), y.tolist(), dataset[0][1].tolist()) == ([[5]], [[-100]], [6])
     def test_windows_are_cut_elsewhere_in_each_epoch(self):
-        """Each epoch has one shift for all its windows, below the stride."""
         dataset = gpt2.GPTDataset(range(400), 20, 8)
         run = {"config": gpt2.CONFIG | {"seed": 1}, "windows_per_step": 6}
         shifts = set()
@@ -560,10 +528,9 @@ class TestTraining:
             after = row["model"].token_embedding.weight.detach().clone()
             assert before is None or torch.equal(before, after) == (row["grad_norm"] is None)
             before = after
-        assert row["step"] == 5 and 1e36 < scaler.get_scale() < 0.6e38
         scaler.update(1e38)
         next(gpt2.train({"max_steps": 0}, out=tmp_path, resume=True))
-        assert scaler.get_scale() < 0.6e38  # a resumed run goes on with its scale
+        assert 1e36 < scaler.get_scale() < 0.6e38  # halved on the way, and a resumed run goes on with that
     def test_precision_says_in_what_numbers_is_trained_and_measured(self, config, whole):
         rows = list(gpt2.train(config | {"precision": "bf16", "max_steps": 2}, out=None))
         for key, row, full in zip(("train_loss", "val_loss"), rows, metrics_of(whole)):
@@ -654,13 +621,11 @@ class TestGeneration:
         assert drawn.shape == (30_000, 1) and torch.allclose(shares, torch.softmax(logits[0], 0), atol=0.01)
         assert gpt2.next_token_probabilities(logits[:1], 0).tolist() == [[0, 0, 1]]
         assert (gpt2.next_token_probabilities(torch.zeros(1, 9), top_k=3) > 0).sum() == 3  # of equals too
-        texts = []
-        for seed, options in ((3, {}), (3, {}), (4, {}), (3, {"top_k": 1}), (3, {"top_p": 1e-9})):
+        texts = [gpt2.generate(lively(TINY), some_ids(2, 4), 20).tolist()]
+        for seed, options in ((3, {"top_k": 1}), (3, {"top_p": 1e-9}), (3, {}), (3, {}), (4, {})):
             options |= {"temperature": 2.0, "generator": torch.Generator().manual_seed(seed)}
-            texts.append(gpt2.generate(lively(TINY), some_ids(2, 4), 20, **options))
-        assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-        texts[2] = gpt2.generate(lively(TINY), some_ids(2, 4), 20)
-        assert torch.equal(texts[2], texts[3]) and torch.equal(texts[3], texts[4])
+            texts.append(gpt2.generate(lively(TINY), some_ids(2, 4), 20, **options).tolist())
+        assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] != texts[5]
     def test_the_end_of_text_stops_a_row_and_fills_it(self):
         model = lively(TINY)
         free = gpt2.generate(model, some_ids(3, 4), 12)[:, 4:].tolist()
@@ -733,9 +698,7 @@ OTHER = {  # values that make another run
     "learning_rate": 2e-3, "min_learning_rate": 1e-5, "warmup_steps": 3, "weight_decay": 0.2,
     "grad_clip": 2.0, "precision": "fp32"}
 
-class Trap:
-    """Unpickled without care, this writes a file."""
-
+class Trap:  # unpickled without care, this writes a file
     def __reduce__(self):
         return open, ("trapped", "w")
 
@@ -802,12 +765,11 @@ class TestRuns:
         monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: drawn.append(figure.axes[0]))
         rows = [{"step": 1, "train_loss": 9.0}, {"step": 2, "train_loss": 5.0, "val_loss": 6.5},
                 {"step": 3, "train_loss": 4.0, "val_loss": 7.5}]
+        gpt2.plot_losses(rows[:1], io.BytesIO())  # without a measurement
         gpt2.plot_losses(rows, io.BytesIO())
-        gpt2.plot_losses(rows[:1], io.BytesIO())
-        lines = [[list(zip(*line.get_data())) for line in axes.lines] for axes in drawn]
-        expected = [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
-        assert lines == [expected, [[(1, 9.0)]]] and drawn[0].get_ylim()[0] == 0
-        assert "6.50" in drawn[0].get_legend().get_texts()[2].get_text()
+        lines = [list(zip(*line.get_data())) for line in drawn[1].lines]
+        assert lines == [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
+        assert drawn[1].get_ylim()[0] == 0 and "6.50" in drawn[1].get_legend().get_texts()[2].get_text()
     @cases("call", ["fsync", "replace"])
     def test_a_save_that_fails_anywhere_leaves_whole_files_and_the_run_goes_on(self, config, tmp_path, call,
                                                                                monkeypatch, caplog):
@@ -843,9 +805,10 @@ class TestRuns:
             refused("bad.pt", lambda: read("bad.pt"))
         weights = lively(TINY).state_dict()
         whole = {"config": TINY, "model": weights}
-        for content in ([1], {"model": weights}, whole | {"model": Trap()}, whole | {"config": TINY | {"n_heads": 5}},
-                        *(whole | {"model": weights | {"final_norm.bias": odd, "more": odd}} for odd in (1, weights))):
-            torch.save(content, "bad.pt")
+        for odd in ([1], {"model": weights}, whole | {"model": Trap()}, whole | {"model": {}},
+                    whole | {"config": TINY | {"n_heads": 5}}, whole | {"model": weights | {"more": weights}},
+                    whole | {"model": weights | {"final_norm.bias": torch.ones(5)}}):
+            torch.save(odd, "bad.pt")
             refused("bad.pt", lambda: read("bad.pt"))
         assert not Path("trapped").exists()
     @cases("device, name, ability, dtype", [
@@ -867,11 +830,13 @@ class TestRuns:
         assert str(gpt2.pick_device("auto")) == device
         monkeypatch.setenv("LOCAL_RANK", "3")
         assert str(gpt2.pick_device("auto")) == ("cuda:3" if device == "cuda" else device)
+        monkeypatch.setattr(torch, "ones", fail(RuntimeError("no driver")))
+        refused(f"no device '{device}", lambda: gpt2.pick_device(device))
     @long_test
     def test_a_run_under_kill_9_can_be_resumed_to_the_same_end(self, config, tmp_path):
         given = config | {"epochs": 4, "eval_every": 1, "checkpoint_every": 1}
         list(gpt2.train(given, out=tmp_path / "whole"))
-        for i in range(8):
+        for i in range(4):
             folder = tmp_path / str(i)
             while not (folder / "last.pt").exists() or load(folder / "last.pt")["step"] < 28:
                 how = ["--resume"] if (folder / "last.pt").exists() else words(given)
@@ -880,7 +845,6 @@ class TestRuns:
                         time.sleep(random.uniform(0, 0.4))  # no matter where it strikes
                     process.kill()
             assert_same_run(folder, tmp_path / "whole")
-            assert len(list(folder.iterdir())) in (4, 5)  # maybe part of a file
     @long_test
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
     def test_a_real_signal_saves_and_says_how_to_go_on(self, config, tmp_path, name, status):
@@ -895,8 +859,8 @@ class TestRuns:
     def test_a_full_disk_keeps_the_last_save(self, config, tmp_path, caplog, request):
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]  # one checkpoint fits in, not two
-        if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        mount = f"mount -t tmpfs -o size=8m tmpfs {disk}"  # one checkpoint fits in, not two
+        if subprocess.run(mount, shell=True, capture_output=True).returncode:
             pytest.skip("mounting a small disk is not allowed here")
         request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
         run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
@@ -909,7 +873,6 @@ class TestRuns:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
-
 def write_safetensors(path, tensors, **edit):
     """A writer of the format, from its description; `edit` spoils the entry of one tensor."""
     header = {"__metadata__": {"format": "pt"}}
@@ -922,20 +885,17 @@ def write_safetensors(path, tensors, **edit):
         data += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
 def edit_config(folder, **changes):
     """Change config.json; a key that becomes "gone" is left out."""
     config = json.loads((folder / "config.json").read_text("utf-8")) | changes
     kept = {key: value for key, value in config.items() if value != "gone"}
     write(folder / "config.json", json.dumps(kept))
-
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A folder that a tiny model without biases for queries, keys and values was exported to."""
     folder = tmp_path_factory.mktemp("exported") / "deep" / "folder"
     lively(TINY | {"qkv_bias": False, "dropout_rate": 0.2}).bfloat16().save_pretrained(folder)
     return folder
-
 @pytest.fixture
 def folder(exported, tmp_path):
     """A copy of the exported folder, to change."""
@@ -1040,8 +1000,8 @@ class TestPretrained:
         assert same(model.state_dict(), lively(TINY).state_dict()) and model.config["dropout_rate"] == 0.1
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail(OSError("no route")))
         monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-        (tmp_path / "checkpoints").mkdir()
-        write(tmp_path / "checkpoints" / "gpt2.bin", "half of it")
+        os.mkdir("checkpoints")
+        write("checkpoints/gpt2.bin", "half of it")
         refused("gpt2.*no route", lambda: read("gpt2"))
         assert os.listdir("checkpoints") == []  # the next try is not with half a file
         save_model(lively(TINY, seed=5), tmp_path / "gpt2")
@@ -1086,15 +1046,6 @@ class TestLargeTexts:
                 assert torch.allclose(gpt2.linear(x, weight, bias), expected, atol=1e-4)
                 gpt2.linear(x.double(), weight.double())
         assert cuts == [pieces] * 2 if pieces else not cuts
-    def test_glibc_is_told_to_keep_freed_memory(self, monkeypatch):
-        told = []
-        libc = SimpleNamespace(mallopt=lambda option, value: told.append((option, value)))
-        monkeypatch.setattr(gpt2.ctypes, "CDLL", lambda name: libc)
-        gpt2.keep_freed_memory()
-        assert told == [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        monkeypatch.setattr(gpt2.ctypes, "CDLL", fail(OSError("no glibc")))
-        gpt2.keep_freed_memory()
-
 OPTIONS = {  # of each command, beside keys of CONFIG
     "train": {"model_size": "", "init": "", "resume": False, "overwrite": False, "out": "checkpoints"},
     "generate": {"model": "checkpoints/last.pt", "max_tokens": 100, "do_sample": False, "temperature": 1.0,
@@ -1106,34 +1057,30 @@ KEYS = {"train": [*gpt2.CONFIG], "generate": ["seed", "device", "precision"],
 
 # A command line, a colon, and what its error says; two spaces or more end both.
 BAD_LINES = """
-nonsense:nonsense                   train --epohcs 3:--epohcs           train --epoch 3:--epoch
-train extra:extra                   train --epochs many:many            train --epochs 0:epochs is 0
-train --n_heads 3:n_heads 3         train --device warp:warp            train --precision fp8:fp8
-train --vocab_size 61:vocab_size    train --model_size gpt3:gpt3.*gpt2-medium
-train --data missing.txt:missing    train --data latin.txt:latin.txt.*UTF-8
-train --data empty.txt:empty.txt    train --data short.txt:short.txt.*context_length
-train --data broken.json:n.json     train --data broken.jsonl:broken.jsonl, entry 2
-train --data number.jsonl:entry 1   train --data keys.jsonl:keys.jsonl, entry 1.*prompt
-train --data null.jsonl:output      train --data single.jsonl:val_fraction
-train --data empty.jsonl:empty.js   train --resume --out nowhere:nowhere
-train --out run:--resume.*--over    train --resume --out run --emb_dim 16:emb_dim.* 8
-train --resume --out run:max_steps  train --init good.pt --emb_dim 16:emb_dim.* 8
-train --init missing:missing        train --init good.pt --context_length 32:context_length 32
-generate:last.pt                    generate --model missing.pt:missing.pt.*gpt2-xl
-generate --model words.pt:words.pt  generate --model trap.pt:trap.pt
-generate --model few.pt:few.pt.*61  generate --model good.pt --temperature -1:temperature
-generate --seed x:--seed            generate --model good.pt --top_k -1:top_k
-generate --resume:--resume          generate --model good.pt --top_p 0:top_p
-generate one two:two                generate --model good.pt --precision x:'x'
-eval --model few.pt:few.pt.*61      eval --model good.pt --data missing.txt:missing
-export:folder                       eval --model good.pt --data one.txt:one.txt
-export new --model missing:missing  eval --model good.pt --data latin.txt:UTF-8
-export a.pt --model few.pt:a.pt     eval --model good.pt --data keys.jsonl:entry 1
+nonsense:nonsense               train --epohcs 3:--epohcs       train --epoch 3:--epoch
+train extra:extra               train --epochs many:many        train --epochs 0:epochs is 0
+train --n_heads 3:n_heads 3     train --device warp:warp        train --precision fp8:fp8
+generate one two:two            generate --seed x:--seed        generate --resume:--resume
+export:folder                   generate:last.pt                train --init missing:missing
+train --data missing.txt:missing        train --data latin.txt:latin.txt.*UTF-8
+train --data empty.txt:empty.txt        train --data short.txt:short.txt.*context_length
+train --data broken.json:n.json         train --data broken.jsonl:broken.jsonl, entry 2
+train --data number.jsonl:entry 1       train --data keys.jsonl:keys.jsonl, entry 1.*prompt
+train --data null.jsonl:output          train --data single.jsonl:val_fraction
+train --data empty.jsonl:empty.js       train --vocab_size 61:vocab_size
+train --resume --out nowhere:nowhere    train --resume --out run --emb_dim 16:emb_dim.* 8
+train --out run:--resume.*--over        train --init good.pt --emb_dim 16:emb_dim.* 8
+train --resume --out run:max_steps      train --init good.pt --context_length 32:context_length 32
+train --model_size gpt3:gpt3.*gpt2-m    generate --model missing.pt:missing.pt.*gpt2-xl
+generate --model words.pt:words.pt      generate --model good.pt --temperature -1:temperature
+generate --model trap.pt:trap.pt        generate --model good.pt --top_k -1:top_k
+generate --model few.pt:few.pt.*61      generate --model good.pt --top_p 0:top_p
+eval --model few.pt:few.pt.*61          generate --model good.pt --precision x:'x'
+export new --model missing:missing      eval --model good.pt --data missing.txt:missing
+export a.pt --model few.pt:a.pt         eval --model good.pt --data keys.jsonl:entry 1
+eval --model good.pt --data one.txt:one.txt  eval --model good.pt --data latin.txt:UTF-8
 """
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+Terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory, config):
@@ -1150,7 +1097,6 @@ def shelf(tmp_path_factory, config):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
-
 @pytest.fixture
 def at_shelf(shelf, cli, monkeypatch):
     """The command line, in that folder."""
@@ -1166,12 +1112,14 @@ class TestCommandLine:
         assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and re.search(cause, last), last
         assert all(note[:6] in ("data  ", "model ") for note in notes) and sorted(shelf.rglob("*")) == before
     @cases("command", OPTIONS)
-    def test_help_shows_every_option_with_its_meaning_and_default(self, cli, command):
-        blocks = [" ".join(block.split()) for block in cli(command, "--help").out.split("\n  --")[1:]]
+    def test_help_shows_every_option_with_its_meaning_and_default(self, cli, monkeypatch, command):
+        monkeypatch.setenv("COLUMNS", "300")
+        blocks = cli(command, "--help").out.split("\n  --")[1:]
+        shown = {re.match(r"\w+", block).group(): " ".join(block.split()) for block in blocks}
         options = OPTIONS[command] | {key: gpt2.CONFIG[key] for key in KEYS[command]}
-        assert [re.match(r"\w+", block).group() for block in blocks] == list(options)
-        for block, value in zip(blocks, options.values(), strict=True):
-            assert re.fullmatch(rf"\S+ .*[a-z]{{3}}.* \(default: {re.escape(str(value))}\)", block)
+        assert shown.keys() == options.keys()
+        for key, value in options.items():
+            assert re.fullmatch(rf"{key}.* [a-z]{{3}}.* \(default: {re.escape(str(value))}\)", shown[key])
     def test_train_says_what_it_does_and_what_comes_next(self, cli, config, monkeypatch):
         """With a clock by which each step lasts 50 seconds, and what it measures 2."""
         seconds, ticks = itertools.count(0, 50), itertools.count(0, 2)
@@ -1184,7 +1132,8 @@ class TestCommandLine:
         for line, row, left in zip(steps, (rows[1], rows[3], rows[4]), ("2:30", "0:50", "0:00"), strict=True):
             parts = f"step {row['step']}/5 ", f"{row['train_loss']:.3f}", "  validation ", f" {left} "
             assert all(part in line for part in parts)
-        assert "    I HAD always thought" in result.err and "403,008 parameters" in result.err
+        said = "172 tokens to train on, 20 to validate", "403,008 parameters", "    I HAD always thought"
+        assert all(part in result.err for part in said)
         assert "generate --model new/run/last.pt" in result.err.splitlines()[-1]
         monkeypatch.setenv("RANK", "1")  # only the first process speaks and writes
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "second")
@@ -1246,9 +1195,9 @@ class TestCommandLine:
         speaking("half.pt", [tokenizer.encode("🙂")[0], END])
         assert cli("generate", "Say", "--model", "half.pt").out == "Say\ufffd\n"
         said = []
-        flush = functools.partial(said.append, "flush")
+        screen = SimpleNamespace(write=said.append, flush=lambda: said.append("flush"), isatty=bool)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stdout", SimpleNamespace(write=said.append, flush=flush, isatty=bool))
+            patch.setattr(sys, "stdout", screen)
             assert gpt2.main(["generate", "Say", "--model", "says.pt"]) == 0
         assert "".join(said).replace("flush", "") == f"Say{text}\n"
         assert {"🙂", "漢", "B"} <= set(said) and said.count("flush") > len(text)
@@ -1285,14 +1234,10 @@ class TestCommandLine:
         parts = re.split(r"--- sample (\d) of 3 ---\n", text("--do_sample --num_samples 3"))
         assert parts[:2] == ["", "1"] and parts[3::2] == ["2", "3"] and len(set(parts[2::2])) == 3
         assert parts[2] == drawn and text("--do_sample --seed 43") == parts[4]
-    def test_a_long_prompt_is_noted_and_overflow_is_one_line_below_the_prompt(self, at_shelf, tmp_path):
+    def test_a_long_prompt_is_noted(self, at_shelf):
         for prompt, noted in ((" one" * 9, True), (" one" * 8, False)):
             result = at_shelf("generate", prompt, "--model", "good.pt", "--max_tokens", 1)
             assert result.code == 0 and bool(re.search("9 tokens.* 8 ", result.err)) == noted
-        loud = lively(SMALL)
-        loud.final_norm.weight.data.fill_(1e38)
-        result = at_shelf("generate", "Once", "--model", save_model(loud, tmp_path / "loud.pt"))
-        assert (result.code, result.out) == (2, "Once") and "logits" in result.err
     def test_a_prompt_from_standard_input_and_a_closed_pipe_end_quietly(self, at_shelf, monkeypatch):
         """The one real process: `echo Once | python gpt2.py generate - ... | head -c 1`."""
         options = ["--model", "good.pt", "--max_tokens", 5]
@@ -1310,8 +1255,7 @@ class TestCommandLine:
         for name in ("auto", "fp32", "bf16", "fp16"):
             options = ["--model=good.pt", "--data", config["data"], "--json", "--precision", name]
             losses.append(json.loads(at_shelf("eval", *options).out)["loss"])
-        assert losses[0] == losses[1] == approx(losses[2], rel=0.02) == approx(losses[3], rel=0.02)
-        assert len(set(losses)) == 3
+        assert losses[0] == losses[1] and losses == approx([losses[0]] * 4, rel=0.02) and len({*losses}) == 3
     def test_eval_reports_loss_perplexity_and_bits_of_each_token_once(self, at_shelf, tmp_path, tokenizer):
         text = VERDICT[:300] + "<|endoftext|>Ünïcode 🙂 counts in bytes."
         path = write(tmp_path / "text.txt", text)
@@ -1336,24 +1280,24 @@ class TestCommandLine:
         assert report(config["data"], "--all")["tokens"] == n_train + n_val - 1
         assert report(write("other.txt", VERDICT[:800]))["tokens"] > n_train
     def test_eval_of_examples_reports_accuracy_over_2_to_50_labels(self, at_shelf, tmp_path):
-        def report(path):
-            return json.loads(at_shelf("eval", "--model", path, "--data", tmp_path / "a.jsonl", "--json").out)
         model = read("good.pt")
         losses = []
         for label in (" 0", " 1"):
             pairs = gpt2.CompletionDataset([(f"{i} is", label) for i in range(51)], 8)
             losses.append([gpt2.summed_loss(model(x[None]), y[None]).item() for x, y in pairs])
-        for n, reported in ((1, False), (50, True), (51, False), (2, True)):
+        model.final_norm.weight.data.mul_(1e5)  # its perplexity has an upper end
+        save_model(model, tmp_path / "loud.pt")
+        reports = []
+        for n, path in ((1, "good.pt"), (50, "good.pt"), (51, tmp_path / "loud.pt"), (2, "good.pt")):
             rows = [{"prompt": f"{i} is", "completion": f" {i % n}"} for i in range(51)]
-            write_lines(tmp_path / "a.jsonl", *rows)
-            out = report("good.pt")
-            assert out["tokens"] == 102 and ("accuracy" in out) == reported
+            data = write_lines(tmp_path / "a.jsonl", *rows)
+            reports.append(json.loads(at_shelf("eval", "--model", path, "--data", data, "--json").out))
+        assert ["accuracy" in report for report in reports] == [False, True, False, True]
         total = sum(losses[i % 2][i] for i in range(51))
-        assert (out["loss"], out["bits_per_byte"]) == approx((total / 102, total / math.log(2) / 102))
-        right = [losses[i % 2][i] < losses[1 - i % 2][i] for i in range(51)]
-        assert out["accuracy"] == sum(right) / 51 and 0 < sum(right) < 51
-        model.final_norm.weight.data.mul_(1e5)  # perplexity has an upper end
-        assert report(save_model(model, tmp_path / "loud.pt"))["perplexity"] == math.exp(700)
+        right = sum(losses[i % 2][i] < losses[1 - i % 2][i] for i in range(51)) / 51
+        expected = [total / 102, math.exp(total / 102), 102, total / math.log(2) / 102, right]
+        assert list(reports[-1].values()) == approx(expected) and 0 < right < 1
+        assert reports[2]["perplexity"] == math.exp(700)
     @long_test
     def test_on_a_real_terminal_control_characters_are_written_out(self, tmp_path, tokenizer):
         pty = pytest.importorskip("pty")
@@ -1380,8 +1324,8 @@ class TestProject:
         self.assert_ran(notebook)
         assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
         ids = [cell["id"] for cell in notebook["cells"]]
-        assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]{2,63}", i) for i in ids)
-        assert not any(re.fullmatch(r"[0-9a-f-]{8,}", i) for i in ids)
+        readable = r"(?![0-9a-f-]{8,}$)[a-z][a-z0-9-]{2,63}"
+        assert len(set(ids)) == len(ids) and all(re.fullmatch(readable, i) for i in ids)
         text = (HERE / "walkthrough.ipynb").read_text("utf-8")
         assert len(text.encode()) < 2_500_000
         assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)
@@ -1394,18 +1338,11 @@ class TestProject:
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         self.assert_ran(json.loads((folder / "walkthrough.ipynb").read_text("utf-8")))
-    def test_requirements_are_pinned(self):
-        lines = (HERE / "requirements.txt").read_text("utf-8").splitlines()
-        packages = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-        assert packages.keys() == {"torch", "tiktoken", "matplotlib", "jupyter", "pytest"}
-        assert all(re.fullmatch(r"[0-9.]+", version) for version in packages.values())
-    def test_the_readme_names_the_two_commands_and_its_links_exist(self):
+    def test_the_readme_names_the_two_commands_its_links_exist_and_requirements_are_pinned(self):
         text = (HERE / "README.md").read_text("utf-8")
         assert "python -m pytest -q" in text and "python gpt2.py train" in text
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (HERE / target).exists(), target
-    def test_the_vocabulary_files_are_those_that_tiktoken_expects(self):
-        address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-        for name, digest in (("vocab.bpe", "1ce1664773c50f3e"), ("encoder.json", "196139668be63f3b")):
-            path = HERE / ".tiktoken" / hashlib.sha1((address + name).encode()).hexdigest()
-            assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest)
+        lines = (HERE / "requirements.txt").read_text("utf-8").splitlines()
+        packages = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+        assert packages.keys() == {"torch", "tiktoken", "matplotlib", "jupyter", "pytest"}
