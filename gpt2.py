@@ -47,7 +47,6 @@ HERE = Path(__file__).resolve().parent
 log = logging.getLogger("gpt2")
 
 # ==== Part one: GPT-2 ====
-
 # ---- 1. Attention: every token looks at others and averages what they offer ----
 class SelfAttention(nn.Module):
     """One head, softmax(Q Kᵀ / √D) V ("Attention Is All You Need", 2017).  x (B, T, d_in) -> (B, T, d_out)."""
@@ -221,7 +220,8 @@ IGNORE_INDEX = -100  # a target that no loss counts
 def load_tokenizer():
     """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), a `tiktoken.Encoding`."""
     import tiktoken  # here: `--help` should not wait for it
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
+    if (HERE / ".tiktoken").is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
 
 def text_to_token_ids(text: str, tokenizer) -> Tensor:
@@ -299,7 +299,7 @@ CONFIG = {
     "data": "the-verdict.txt",  # UTF-8 text, or .jsonl/.json examples
     "val_fraction": 0.1,  # share held back to validate: a text's end, or random examples
     "max_val_tokens": 100_000,  # hold back no more tokens of a text than this
-    "stride": 0,  # tokens from one training window to the next; 0: half the context
+    "stride": 0,  # tokens from one window to the next; 0: half the context
     # The run
     "batch_size": 6,  # windows or examples at once, in each process
     "grad_accumulation": 1,  # batches that make one optimizer step
@@ -311,7 +311,7 @@ CONFIG = {
     "weight_decay": 0.1,  # AdamW's pull of matrices towards zero
     "grad_clip": 1.0,  # longest gradient; 0: any length
     "seed": 42,  # where all random numbers start
-    # On the way, in steps; 0: once an epoch, but at least ten times a run
+    # On the way, in steps; 0: once an epoch, but about ten times a run or more
     "eval_every": 0,  # measure the validation loss and show a sample so often
     "checkpoint_every": 0,  # save so often, and at each lowest validation loss
     "sample_prompt": "",  # what samples continue; else the beginning of the data
@@ -327,7 +327,7 @@ def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
     warmup = min(config["warmup_steps"], total_steps // 4)
     if step <= warmup:
         return config["learning_rate"] * step / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)  # 0 to 1
+    progress = (step - warmup) / (total_steps - warmup)  # 0 to 1
     lowest = min(config["min_learning_rate"], config["learning_rate"])
     return lowest + (config["learning_rate"] - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -401,7 +401,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     last_step = min(total_steps, config["max_steps"] or total_steps)
     often = min(steps_per_epoch, math.ceil(total_steps / 10))
     if run["step"] >= last_step:
-        raise ValueError(f"{last_step} steps are done: raise max_steps, or init from {folder}/last.pt")
+        raise ValueError(f"{last_step} of {total_steps} steps are done: raise max_steps, or start anew with init")
     network = torch.compile(model) if config["compile"] else model  # saving and sampling use the plain model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -412,7 +412,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
 
     for step in range(run["step"] + 1, last_step + 1):
         started = time.perf_counter()
-        # What dropout draws follows from seed, step and process alone: so a resumed run repeats it.
+        # Dropout follows from seed, step and process alone: so a resumed run repeats it.
         torch.manual_seed(hash((config["seed"], step, rank)))
         model.train()  # a measurement or a sample left it in eval mode
         learning_rate = learning_rate_at(step, config, total_steps)
@@ -452,7 +452,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
         extra = {"total_steps": last_step, "model": model}
         scheduled = step % (config["eval_every"] or often) == 0 or step == total_steps
         if val_set and (scheduled or step == last_step):
-            with autocast:  # what only max_steps asks for is told, not kept: so N + N steps are 2N
+            with autocast:  # one only for max_steps is told, not kept: so N + N steps are 2N
                 (row if scheduled else extra)["val_loss"] = evaluate(model, val_set)
         run["metrics"].append(row)
         due = step % (config["checkpoint_every"] or often) == 0 or step == last_step
@@ -517,7 +517,7 @@ def sample_next(logits: Tensor, temperature: float = 0.0, top_k: int | None = No
         raise ValueError("NaN or infinite logits: weights are damaged, or fp16 overflowed")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # Drawn on the CPU: the same on every device, and some devices' multinomial misbehaves.
+    # Drawn on the CPU: the same on every device; some devices' multinomial misbehaves.
     probabilities = next_token_probabilities(logits.float().cpu(), temperature, top_k, top_p)
     return torch.multinomial(probabilities, 1, generator=generator).to(logits.device)
 
@@ -556,7 +556,6 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: floa
     return idx.clone()  # out here: no training on what inference mode made
 
 # ==== Part two: a program ====
-
 # ---- 8. Fine-tuning: the same training, but only completions count in the loss ----
 ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately "
           "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:\n")
@@ -738,8 +737,8 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """What `save_checkpoint` wrote; nothing in it is run. ValueError if it is no checkpoint."""
-    with reading(path):
-        if not zipfile.is_zipfile(path):
+    with reading(path), open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
             raise ValueError("it is no checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_keys(checkpoint["config"])
@@ -885,7 +884,7 @@ def load_pretrained(name_or_path: str | Path) -> GPT2:
         head = weights.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, weights["token_embedding.weight"]):
             raise ValueError("lm_head.weight is not wte.weight; that is not supported")
-        with torch.device("meta"):  # shapes without numbers, which come next
+        with torch.device("meta"):  # shapes without numbers
             model = GPT2(config)
         model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -916,7 +915,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return tensors
 
 def save_hugging_face(model: GPT2, folder: Path) -> None:
-    """Write what `transformers` takes for a GPT-2: weights, config and tokenizer."""
+    """Write what `transformers` takes for a GPT-2."""
     from tiktoken.load import read_file_cached
     ours = model.config
     config = {theirs: ours[key] for key, theirs in CONFIG_NAMES.items()} | HUGGING_FACE_CONFIG
@@ -933,10 +932,12 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     contents = {"merges.txt": read_file_cached(url + "vocab.bpe")}
     contents["vocab.json"] = read_file_cached(url + "encoder.json")
     contents["config.json"] = json.dumps(config, indent=2).encode()
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds another model: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "pytorch_model.bin", functools.partial(torch.save, weights))
     for name, content in contents.items():
-        write_file(folder / name, lambda file, content=content: file.write(content))
+        write_file(folder / name, lambda file: file.write(content))
     log.info("wrote %s, a model that sees at most %s tokens", folder, ours["context_length"])
 
 # ---- 11. Large texts, fast CPUs: tokens in pieces, products of few rows, memory kept ----
@@ -1012,14 +1013,14 @@ class Notes(logging.Handler):
     """Notes on standard error. A live one is overwritten on a terminal, and left out elsewhere."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = printable(record.getMessage())
         live = getattr(record, "live", False)
-        if sys.stderr.isatty():
-            text = "\r\x1b[K" + (text[: os.get_terminal_size(2).columns - 1] if live else text + "\n")
-        else:
-            text = "" if live else text + "\n"
+        terminal = sys.stderr.isatty()
+        if live and not terminal:
+            return
+        text = printable(record.getMessage())
+        text = text[: os.get_terminal_size(2).columns - 1] if live else text + "\n"
         with contextlib.suppress(OSError):  # the run goes on
-            print(text, end="", file=sys.stderr, flush=True)
+            print("\r\x1b[K" * terminal + text, end="", file=sys.stderr, flush=True)
 
 def run_train(args) -> None:
     """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
@@ -1055,9 +1056,8 @@ def run_train(args) -> None:
     if stopped:
         log.info("saved step %s; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    log.info("done: last.pt is the last model, best.pt the one that validated best")
     following = f"eval --data {args.data}" if args.data.lower().endswith((".json", ".jsonl")) else "generate"
-    log.info("next: python gpt2.py %s --model %s/last.pt", following, args.out)
+    log.info("done; next: python gpt2.py %s --model %s/last.pt, or best.pt", following, args.out)
 
 def run_generate(args) -> None:
     """Print texts as they are made."""
@@ -1068,7 +1068,7 @@ def run_generate(args) -> None:
     model = load_model(args)
     tokenizer = load_tokenizer()
     prompt = sys.stdin.read().removesuffix("\n") if args.prompt == ["-"] else " ".join(args.prompt)
-    end = tokenizer.eot_token  # also the beginning, without a prompt
+    end = tokenizer.eot_token
     ids = text_to_token_ids(instruction_prompt(prompt) if args.instruct else prompt, tokenizer)
     ids = ids if ids.numel() else torch.tensor([[end]])
     if ids.size(1) > model.config["context_length"]:
@@ -1093,17 +1093,18 @@ def run_eval(args) -> None:
     """Print loss, perplexity, bits per byte and tokens; for a classification, accuracy too."""
     model = load_model(args)
     context = model.config["context_length"]
-    config = {"data": args.data, "stride": args.stride, "context_length": context, "val_fraction": 0.0}
+    config = {"context_length": context, "val_fraction": 0.0}
     checkpoint = load_checkpoint(args.model) if Path(args.model).is_file() and not args.all else {}
     if checkpoint.get("data_sha256") == sha256_of(args.data):
-        config = checkpoint["config"] | {"data": args.data, "stride": args.stride}
-        log.info("trained on this file: measuring the part held back, if any")
-    train_set, val_set = load_data(check_config(config))
+        config = checkpoint["config"]
+        log.info("trained on this file: measuring the part held back")
+    train_set, val_set = load_data(check_config(config | {"data": args.data, "stride": args.stride}))
     dataset = val_set or train_set
     is_text = isinstance(dataset, GPTDataset)
     scored = dataset.token_ids[1:] if is_text else torch.cat([y[y != IGNORE_INDEX] for _, y in dataset])
     text = load_tokenizer().decode_bytes([i for i in scored.tolist() if i != load_tokenizer().eot_token])
     loss = evaluate(model, dataset, stride=args.stride or max(1, context // 2))
+    log.info("", extra={"live": True})
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": len(scored)}
     report["bits_per_byte"] = loss * len(scored) / math.log(2) / max(1, len(text))
     labels = set() if is_text else {label for _, label in train_set.examples + dataset.examples}
