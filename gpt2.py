@@ -317,7 +317,7 @@ CONFIG = {
     "sample_prompt": "",  # what samples continue; else the beginning of the data
     # The machine
     "device": "auto",  # auto (an accelerator, if any), cpu, cuda, mps, xpu
-    "precision": "auto",  # auto (half, where the device is made for it), fp32, bf16, fp16
+    "precision": "auto",  # auto (half, where CUDA or the CPU computes it), fp32, bf16, fp16
     "compile": False,  # train through torch.compile
 }
 
@@ -668,7 +668,7 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"no device {name!r} here: try auto, cpu, cuda, mps, xpu") from error
 
 def mixed_precision(name: str, device: torch.device) -> tuple:
-    """(dtype, autocast, scaler). `auto` is the fastest type that the device has in hardware."""
+    """(dtype, autocast, scaler). `auto` is half where CUDA or the CPU computes it."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     if name == "auto":
@@ -850,7 +850,7 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
 
 def load_pretrained(name_or_path: str | Path) -> GPT2:
-    """A model in float32, on the CPU, in eval mode. What exists comes before OpenAI's."""
+    """A model in float32, on the CPU, in eval mode. A path wins over OpenAI's name."""
     path = Path(name_or_path)
     tensors = {}
     if not path.exists() and str(path) not in OPENAI_SIZES:
@@ -974,7 +974,7 @@ def tokenize_file(name: str) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, x (..., in), weight (out, in), bias (out) -> (..., out), faster for few rows on a CPU.
 
-    PyTorch reads float32 weights with one core. Cut into pieces, the product is a batch that all cores
+    For them, PyTorch reads the weights with one core. Cut into pieces, the product is a batch that all cores
     share: on two, with GPT-2's matrices, 2.2 times as fast for one row, 1.6 times for 8.
     """
     rows = x.numel() // x.size(-1)

@@ -928,11 +928,13 @@ class TestPretrained:
             "embd_pdrop": 0.2}
         assert same(openai_weights(read(exported)), weights)
         assert read(exported).config == TINY | {"dropout_rate": 0.2}
-    def test_vocabulary_and_merges_stand_under_their_names(self, exported):
+    def test_vocabulary_and_merges_stand_under_their_names_and_alone(self, exported, tmp_path):
         vocabulary = json.loads((exported / "vocab.json").read_text("utf-8"))
         assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1 == END
         assert (exported / "merges.txt").read_text("utf-8").splitlines()[1] == "Ġ t"
         assert sorted(os.listdir(exported)) == ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
+        write(tmp_path / "model.safetensors", "")  # old weights, which would be read instead of the new
+        refused("another model", lambda: read(exported).save_pretrained(tmp_path))
     @cases("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     @cases("prefix", ["", "transformer."])
     @cases("files", [["model"], ["model-1", "model-2"], []])
@@ -1079,7 +1081,7 @@ train --data broken.json:n.json         train --data broken.jsonl:broken.jsonl, 
 train --data number.jsonl:entry 1       train --data keys.jsonl:keys.jsonl, entry 1.*prompt
 train --data null.jsonl:output          train --data single.jsonl:val_fraction
 train --data empty.jsonl:empty.js       train --vocab_size 61:vocab_size
-train --resume --out nowhere:nowhere    train --resume --out run --emb_dim 16:emb_dim.* 8
+train --resume --out nowhere:No such file.*nowhere  train --resume --out run --emb_dim 16:emb_dim.* 8
 train --out run:--resume.*--over        train --init good.pt --emb_dim 16:emb_dim.* 8
 train --resume --out run:max_steps      train --init good.pt --context_length 32:context_length 32
 train --model_size gpt3:gpt3.*gpt2-m    generate --model missing.pt:missing.pt.*gpt2-xl
