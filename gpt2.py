@@ -1041,8 +1041,8 @@ def run_train(args) -> None:
             signal.signal(signal.SIGTERM, stop)
         left = (time.monotonic() - started) / steps * (row["total_steps"] - row["step"])
         val_loss = f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
-        log.info(f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}{val_loss}"
-                 f"  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left",
+        log.info(f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}"
+                 f"{val_loss}  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left",
                  extra={"live": "sample" not in row})
         if "sample" in row:
             log.info(textwrap.indent(textwrap.fill(row["sample"], 74), "    "))
