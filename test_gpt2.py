@@ -677,7 +677,8 @@ class TestFineTuning:
         rows = [{"prompt": f"{a} {i}", "completion": b} for i in range(6) for a, b in texts]
         path = write_lines(tmp_path / "a.jsonl", *rows)
         options = {"data": path, "epochs": 25, "learning_rate": 0.03, "val_fraction": 0.0, "emb_dim": 16}
-        assert cli("train", *words(SMALL | options), "--out", "out").code == 0
+        result = cli("train", *words(SMALL | options), "--out", "out")
+        assert "measuring all of it" in result.err and "accuracy              1.0000" in result.out
         model = read("out/last.pt").train()
         model.apply(lambda part: setattr(part, "p", 0.9))  # each dropout's
         pairs = [(row["prompt"], row["completion"]) for row in rows]
@@ -990,10 +991,7 @@ class TestPretrained:
         assert same(model.state_dict(), lively(TINY).state_dict()) and model.config["dropout_rate"] == 0.1
         monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail(OSError("no route")))
         monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-        os.mkdir("checkpoints")
-        write("checkpoints/gpt2.bin", "half of it")
-        refused("gpt2.*no route", lambda: read("gpt2"))
-        assert os.listdir("checkpoints") == []  # the next try is not with half a file
+        refused(f"http://mirror.*gpt2.*{tmp_path}.*no route", lambda: read("gpt2"))  # which file to look at
         save_model(lively(TINY, seed=5), tmp_path / "gpt2")
         assert same(read("gpt2").state_dict(), lively(TINY, seed=5).state_dict())
 
@@ -1026,8 +1024,8 @@ class TestLargeTexts:
             path.write_bytes(content)
             refused(f"some.txt.*{cause}|0xe9", lambda: gpt2.tokenize_file(str(path)))
     @cases("rows, outputs, pieces, columns", [
-        (1, 320, 32, 1), (4, 320, 32, 4), (5, 320, 32, 10), (128, 320, 32, 10), (129, 320, 0, 0), (1, 240, 0, 0),
-        (2, 250, 25, 2), (1, 331, 1, 1), (1, 330, 30, 1)])
+        (1, 336, 48, 1), (4, 336, 48, 4), (5, 336, 48, 7), (128, 336, 48, 7), (129, 336, 0, 0), (1, 240, 0, 0),
+        (2, 250, 25, 2), (1, 331, 1, 1), (1, 330, 33, 1)])
     def test_few_rows_are_multiplied_in_pieces_with_the_same_result(self, monkeypatch, rows, outputs, pieces, columns):
         cuts = []
         real = torch.baddbmm
@@ -1057,7 +1055,7 @@ BAD_LINES = """
 nonsense:nonsense               train --epohcs 3:--epohcs       train --epoch 3:--epoch
 train extra:extra               train --epochs many:many        train --epochs 0:epochs is 0
 train --n_heads 3:n_heads 3     train --device warp:warp        train --precision fp8:fp8
-generate --seed -1:seed is -1   generate --seed x:--seed        generate --resume:--resume
+generate --model good.pt --seed -1:seed is -1   generate --seed x:--seed        generate --resume:--resume
 export:folder                   generate:last.pt                train --init missing:missing
 train --data missing.txt:missing        train --data latin.txt:latin.txt.*UTF-8
 train --data empty.txt:empty.txt        train --data short.txt:short.txt.*context_length
@@ -1128,14 +1126,13 @@ class TestCommandLine:
         assert (result.code, result.out, rows[0]["tokens_per_second"]) == (0, "", 6.9)  # of 48 targets
         steps = [line for line in result.err.splitlines() if line.startswith("step ")]
         for line, row, left in zip(steps, (rows[1], rows[3], rows[4]), ("2:30", "0:50", "0:00"), strict=True):
-            parts = f"step {row['step']}/5 ", f"{row['train_loss']:.3f}", "  validation ", f" {left} "
-            assert all(part in line for part in parts)
+            assert re.match(rf"step {row['step']}/5 .*{row['train_loss']:.3f}  validation .* {left} ", line)
         said = "172 tokens to train on, 20 to validate", "403,008 parameters", "    I HAD always thought"
         assert all(part in result.err for part in said)
         assert "generate --model new/run/last.pt" in result.err.splitlines()[-1]
         write("e.jsonl", '{"prompt": "one two three", "completion": " four"}\n' * 3)
-        result = cli("train", *words(config | {"data": "e.jsonl", "max_steps": 1}), "--out", "third")
-        assert "eval --data e.jsonl --model third/last.pt" in result.err.splitlines()[-1]
+        assert cli("train", *words(config | {"data": "e.jsonl", "max_steps": 1}), "--out", "third").code == 0
+        assert cli("train", "--resume", "--max_steps", 2, "--out", "third").out.startswith("loss")  # as `eval` says it
         assert metrics_of(Path("third"))[0]["tokens_per_second"] == 1.1  # of 2 x 4 tokens, 4 of them targets
         monkeypatch.setenv("RANK", "1")  # only the first process speaks and writes
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "second")
@@ -1214,8 +1211,7 @@ class TestCommandLine:
             assert sys.stdout.getvalue() == "\\x9bp\\x1b[2J\tx\n\\x07\n"
         assert gpt2.printable("".join(map(chr, range(256)))).count("\\x") == 32 - 2 + 33
     def test_live_lines_are_for_terminals_and_fit_them(self, monkeypatch):
-        sizes = {2: os.terminal_size((20, 24))}  # of standard error
-        monkeypatch.setattr(os, "get_terminal_size", sizes.get)
+        monkeypatch.setattr(os, "get_terminal_size", {2: os.terminal_size((20, 24))}.get)  # of standard error
         gpt2.log.addHandler(gpt2.Notes())
         gpt2.log.setLevel(logging.INFO)
         shown = "\r\x1b[K" + "x" * 19 + "\r\x1b[K" + "y" * 30 + "\n"
@@ -1253,13 +1249,19 @@ class TestCommandLine:
             assert process.stdout.read(1) == "O"
             process.stdout.close()
             assert process.stderr.read() == "" and process.wait() == 141
-    def test_precision_says_in_what_numbers_a_model_computes(self, at_shelf, config, monkeypatch):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # auto is fp32 even so
-        losses = []
+    @cases("has", [False, bool(torch.cpu.get_capabilities().get("avx512_bf16"))])
+    def test_precision_says_in_what_numbers_a_model_computes(self, at_shelf, config, monkeypatch, has):
+        def pack(model, real=gpt2.pack_matrices):
+            real(model)
+            packed.append([part.weight.data.zero_() for part in model.modules() if isinstance(part, nn.Linear)])
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has})  # auto is fp32 even so
+        monkeypatch.setattr(gpt2, "pack_matrices", pack)
+        losses, packed = [], []
         for name in ("auto", "fp32", "bf16", "fp16"):
             options = ["--model=good.pt", "--data", config["data"], "--json", "--precision", name]
             losses.append(json.loads(at_shelf("eval", *options).out)["loss"])
         assert losses[0] == losses[1] and losses == approx([losses[0]] * 4, rel=0.02) and len({*losses}) == 3
+        assert len(packed) == has  # bf16 alone, and then only packed copies are used
     def test_eval_reports_loss_perplexity_and_bits_of_each_token_once(self, at_shelf, tmp_path, tokenizer):
         text = VERDICT[:300] + "<|endoftext|>Ünïcode 🙂 counts in bytes."
         path = write(tmp_path / "text.txt", text)
@@ -1285,14 +1287,12 @@ class TestCommandLine:
         assert report(config["data"], "--all")["tokens"] == n_train + n_val - 1
         assert report(write("other.txt", VERDICT[:800]))["tokens"] > n_train
     def test_eval_of_examples_reports_accuracy_over_2_to_50_labels(self, at_shelf, tmp_path):
-        model = read("good.pt")
-        losses = []
+        model, losses, reports = read("good.pt"), [], []
         for label in (" 0", " 1"):
             pairs = gpt2.CompletionDataset([(f"{i} is", label) for i in range(51)], 8)
             losses.append([gpt2.summed_loss(model(x[None]), y[None]).item() for x, y in pairs])
         model.final_norm.weight.data.mul_(1e5)  # its perplexity has an upper end
         save_model(model, tmp_path / "loud.pt")
-        reports = []
         for n, path in ((1, "good.pt"), (50, "good.pt"), (51, tmp_path / "loud.pt"), (2, "good.pt")):
             rows = [{"prompt": f"{i} is", "completion": f" {i % n}"} for i in range(51)]
             data = write_lines(tmp_path / "a.jsonl", *rows)
