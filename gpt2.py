@@ -11,8 +11,7 @@ what part one borrows from there has the number of its section beside the first 
 Letters in shapes: B batch, T tokens (time), C embedding width, H heads, D width of a head (C / H),
 V vocabulary, L layers. `# (B, T, C)` at the end of a line is the shape of what the line makes.
 
-The GPT-2 paper: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019).
-OpenAI's code for it: github.com/openai/gpt-2, src/model.py.
+The GPT-2 paper: "Language Models are Unsupervised Multitask Learners", 2019; its code: github.com/openai/gpt-2.
 """
 
 import argparse
@@ -59,8 +58,7 @@ class SelfAttention(nn.Module):
         """How well each query (row) fits each key (column): (B, T, T)."""
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
-        # A sum of D terms of variance 1 has variance D. Undo that, or softmax is nearly one-hot and its
-        # gradient nearly zero.
+        # A sum of D products has D times their variance. Undo it, or softmax is nearly one-hot, without gradient.
         return queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -217,7 +215,8 @@ IGNORE_INDEX = -100  # a target that no loss counts
 def load_tokenizer():
     """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), a `tiktoken.Encoding`."""
     import tiktoken  # here: `--help` should not wait for it
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
+    if (HERE / ".tiktoken").is_dir():
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
 
 def text_to_token_ids(text: str, tokenizer) -> Tensor:
@@ -313,7 +312,7 @@ CONFIG = {
     "sample_prompt": "",  # what samples continue; else the beginning of the data
     # The machine
     "device": "auto",  # auto (an accelerator, if any), cpu, cuda, mps, xpu
-    "precision": "auto",  # auto (half, where CUDA or the CPU computes it), fp32, bf16, fp16
+    "precision": "auto",  # auto (half on CUDA; to train, on some CPUs too), fp32, bf16, fp16
     "compile": False,  # train through torch.compile
 }
 
@@ -448,7 +447,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
         extra = {"total_steps": last_step, "model": model}
         scheduled = step % (config["eval_every"] or often) == 0 or step == total_steps
         if val_set and (scheduled or step == last_step):
-            with autocast:  # one only for max_steps is told, not kept: so N + N steps are 2N
+            with autocast:  # one only for max_steps is not kept: so N + N steps are 2N
                 (row if scheduled else extra)["val_loss"] = evaluate(model, val_set)
         run["metrics"].append(row)
         due = step % (config["checkpoint_every"] or often) == 0 or step == last_step
@@ -710,7 +709,7 @@ def reading(source: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "cannot be used" in str(error) or repr(getattr(error, "filename", error)) in str(error):
+        if "cannot be used" in str(error):
             raise
         raise ValueError(f"{source} cannot be used: {type(error).__name__}, {error!s:.300}") from error
 
@@ -734,7 +733,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
     """What `save_checkpoint` wrote; nothing in it is run. ValueError if it is no checkpoint."""
     with reading(path), open(path, "rb") as file:
-        if file.read(2) != b"PK":
+        if file.read(4) != b"PK\3\4":
             raise ValueError("it is no checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_keys(checkpoint["config"])
@@ -869,7 +868,7 @@ def load_pretrained(name_or_path: str | Path) -> GPT2:
             config = OPENAI_SIZES[str(path)] | {"dropout_rate": 0.1}
             host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
             url = f"{host}/openai-community/{path}/resolve/main/pytorch_model.bin"
-            with reading(f"{url}, or its copy in {torch.hub.get_dir()},"), contextlib.redirect_stdout(sys.stderr):
+            with reading(f"{url}, or {torch.hub.get_dir()}/checkpoints/{path}.bin,"), contextlib.redirect_stdout(sys.stderr):
                 tensors = torch.hub.load_state_dict_from_url(url, file_name=f"{path}.bin", weights_only=True)
         weights = {}
         for name, tensor in tensors.items():
@@ -1052,8 +1051,9 @@ def run_train(args) -> None:
         log.info("saved step %s; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if not int(os.environ.get("RANK") or 0):
-        args.model = f"{args.out}/last.pt"
-        args.data = load_checkpoint(args.model)["config"]["data"]
+        args.model = str(Path(args.out, "last.pt"))
+        vars(args).update(load_checkpoint(args.model)["config"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved
         if args.data.lower().endswith((".json", ".jsonl")):
             run_eval(args)
         log.info("done; next: python gpt2.py generate --model %s, or best.pt", args.model)
@@ -1113,9 +1113,9 @@ def run_eval(args) -> None:
     print(json.dumps(report) if args.json else "\n".join(lines))
 
 def load_model(args) -> GPT2:
-    """The model of a command; on a CPU in fp32 by default, for the same text everywhere."""
+    """The model of a command; on a CPU in fp32 by default, for the same text on each."""
     model = GPT2.from_pretrained(args.model)
-    check_config(model.config | {"seed": args.seed})  # is its vocabulary GPT-2's?
+    check_config(model.config | {"seed": args.seed})  # vocabulary and seed
     device = pick_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
     model.to(device, mixed_precision(precision, device)[0])
