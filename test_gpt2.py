@@ -1133,6 +1133,7 @@ class TestCommandLine:
         write("e.jsonl", '{"prompt": "one two three", "completion": " four"}\n' * 3)
         assert cli("train", *words(config | {"data": "e.jsonl", "max_steps": 1}), "--out", "third").code == 0
         assert cli("train", "--resume", "--max_steps", 2, "--out", "third").out.startswith("loss")  # as `eval` says it
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # Ctrl-C ends that at once
         assert metrics_of(Path("third"))[0]["tokens_per_second"] == 1.1  # of 2 x 4 tokens, 4 of them targets
         monkeypatch.setenv("RANK", "1")  # only the first process speaks and writes
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "second")
@@ -1282,8 +1283,7 @@ class TestCommandLine:
             return json.loads(result.out)
         n_train, n_val = (len(part.token_ids) for part in gpt2.load_data(gpt2.CONFIG | config))
         copy = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # known by its bytes
-        assert copy["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
-        assert copy["tokens"] == n_val - 1
+        assert (copy["loss"], copy["tokens"]) == approx((metrics_of(whole)[-1]["val_loss"], n_val - 1), rel=1e-5)
         assert report(config["data"], "--all")["tokens"] == n_train + n_val - 1
         assert report(write("other.txt", VERDICT[:800]))["tokens"] > n_train
     def test_eval_of_examples_reports_accuracy_over_2_to_50_labels(self, at_shelf, tmp_path):
