@@ -336,7 +336,7 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
 
 @functools.lru_cache(maxsize=1)
 def order_of_epoch(n_windows: int, seed: int, epoch: int) -> Tensor:
-    """The random order in which an epoch takes its windows. `hash` makes one seed of two integers."""
+    """The random order in which an epoch takes its windows."""
     return torch.randperm(n_windows, generator=torch.Generator().manual_seed(hash((seed, epoch))))
 
 def batches_of_step(dataset, step: int, run: dict, rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
@@ -387,22 +387,23 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     config, model, optimizer, run = start_run(config or {}, folder, init, resume, overwrite)  # section 9
     device = next(model.parameters()).device
     rank, world = join_processes(device)  # section 9
-    _, autocast, scaler = mixed_precision(config["precision"], device)  # section 9
+    dtype, autocast, scaler = mixed_precision(config["precision"], device)  # section 9
     scaler.load_state_dict(run["scaler"] or scaler.state_dict())
     train_set, val_set = load_data(config)
-    log.info("model     %s parameters, on %s", f"{model.num_parameters():,}", device)
+    log.info("model     %s parameters, on %s in %s", f"{model.num_parameters():,}", device, dtype)
     steps_per_epoch = math.ceil(len(train_set) / run["windows_per_step"])
     total_steps = config["epochs"] * steps_per_epoch
     last_step = min(total_steps, config["max_steps"] or total_steps)
     often = min(steps_per_epoch, math.ceil(total_steps / 10))
     if run["step"] >= last_step:
-        raise ValueError(f"{last_step} of {total_steps} steps are done: raise max_steps, or start anew with init")
+        raise ValueError(f"{run['step']} of {total_steps} steps are done: raise max_steps, or start anew with init")
     network = torch.compile(model) if config["compile"] else model  # saving and sampling use the plain model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(network)
     tokenizer = load_tokenizer()
+    x, y = train_set[0]  # samples continue its prompt, or 5 tokens of a text
     prompt = text_to_token_ids(config["sample_prompt"], tokenizer)  # (1, T)
-    prompt = prompt if prompt.numel() else train_set[0][0][None, :5]  # else the data's beginning
+    prompt = prompt if prompt.numel() else x[None, : (y == IGNORE_INDEX).sum() + 1 if y[0] == IGNORE_INDEX else 5]
     save = functools.partial(save_run, folder, run, model, optimizer, scaler)  # section 9
 
     for step in range(run["step"] + 1, last_step + 1):
@@ -522,7 +523,7 @@ def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: floa
     """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`. Temperature 0: greedy.
 
     Ends when every row has produced `eos_id`; rows that have are filled up with it. `on_token` gets each (B, 1).
-    When the context is full, the model goes on from its last half, read anew, with a cache or without.
+    When the context is full, the model goes on from its last half, read anew.
     """
     model.eval()
     context = model.config["context_length"]
@@ -569,7 +570,7 @@ class CompletionDataset(list):
             self.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
-    """An instruction, maybe with an input, in the layout of Stanford Alpaca."""
+    """An instruction, maybe with an input, in Stanford Alpaca's layout."""
     paired = ", paired with an input that provides further context" if context else ""
     return ALPACA.format(paired, instruction, f"### Input:\n{context}\n\n" if context else "")
 
@@ -745,18 +746,16 @@ def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: b
     if last and last.exists() and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
     old = {}
-    may_change = {"context_length"}
     if resume and (overwrite or init is not None):
         raise ValueError("resume excludes init and overwrite")
     if resume:
         checkpoint = load_checkpoint(last, mmap=False)  # for the file will be replaced
         old = checkpoint["config"]
-        may_change = RESUME_MAY_CHANGE
     elif init is not None:
         source = init if isinstance(init, GPT2) else GPT2.from_pretrained(init)
         old = {key: source.config[key] for key in MODEL_KEYS if key != "dropout_rate"}
     config = check_config(old | given)
-    for key in old.keys() - may_change:
+    for key in old.keys() - (RESUME_MAY_CHANGE if resume else {"context_length"}):
         if config[key] != old[key]:
             raise ValueError(f"{key} must stay {old[key]!r}: leave it out, or start anew with init")
     torch.manual_seed(config["seed"])
@@ -868,7 +867,7 @@ def load_pretrained(name_or_path: str | Path) -> GPT2:
             config = OPENAI_SIZES[str(path)] | {"dropout_rate": 0.1}
             host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
             url = f"{host}/openai-community/{path}/resolve/main/pytorch_model.bin"
-            with reading(f"{url}, or {torch.hub.get_dir()}/checkpoints/{path}.bin,"), contextlib.redirect_stdout(sys.stderr):
+            with reading(f"{url} or {path}.bin in {torch.hub.get_dir()}"), contextlib.redirect_stdout(sys.stderr):
                 tensors = torch.hub.load_state_dict_from_url(url, file_name=f"{path}.bin", weights_only=True)
         weights = {}
         for name, tensor in tensors.items():
@@ -908,7 +907,7 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     config = {theirs: ours[key] for key, theirs in CONFIG_NAMES.items()} | HUGGING_FACE_CONFIG
     config |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": ours["context_length"]}
     config |= {"attn_pdrop": ours["dropout_rate"], "embd_pdrop": ours["dropout_rate"]}
-    # Theirs always has these biases; zeros say the same as none.
+    # Theirs always has these biases.
     weights = {f"h.{i}.attn.c_attn.bias": torch.zeros(3 * ours["emb_dim"]) for i in range(ours["n_layers"])}
     for name, tensor in model.state_dict().items():
         for our_part, their_part in HUGGING_FACE_NAMES.items():
@@ -1030,7 +1029,7 @@ def run_train(args) -> None:
 
     started = time.monotonic()
     for steps, row in enumerate(run, start=1):
-        if steps == 1:  # before the first step there was nothing to save
+        if steps == 1:  # before, there was nothing to save
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
         left = (time.monotonic() - started) / steps * (row["total_steps"] - row["step"])
@@ -1053,10 +1052,11 @@ def run_train(args) -> None:
     if not int(os.environ.get("RANK") or 0):
         args.model = str(Path(args.out, "last.pt"))
         vars(args).update(load_checkpoint(args.model)["config"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         if args.data.lower().endswith((".json", ".jsonl")):
             run_eval(args)
-        log.info("done; next: python gpt2.py generate --model %s, or best.pt", args.model)
+        log.info("done; next: python gpt2.py generate --model %s, or best.pt if there is one", args.model)
 
 def run_generate(args) -> None:
     """Print texts as they are made."""
@@ -1076,7 +1076,7 @@ def run_generate(args) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def on_token(new):
-        if new.item() < end:  # half a character waits in the decoder for the rest
+        if new.item() < end:  # half a character waits for the rest
             write(decoder.decode(tokenizer.decode_single_token_bytes(new.item())))
 
     for i in range(args.num_samples):
@@ -1175,7 +1175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(make_parser().parse_args(arguments))
     args = argparse.Namespace(**OPTIONS | CONFIG | given, given=given)
     log.addHandler(Notes())
-    log.setLevel(logging.ERROR if int(os.environ.get("RANK") or 0) else logging.INFO)  # one process speaks
+    log.setLevel(logging.ERROR if int(os.environ.get("RANK") or 0) else logging.INFO)  # one speaks
     try:
         COMMANDS[args.command][0](args)
         sys.stdout.flush()
