@@ -673,19 +673,19 @@ class TestFineTuning:
         assert gpt2.load_data(given | {"val_fraction": 0.0})[1] is None
         refused("val_fraction", lambda: gpt2.load_data(given | {"val_fraction": 0.95}))
     def test_fine_tuning_learns_to_classify(self, cli, tmp_path):
-        texts = ("see you", " ham"), ("win money", " spam")
+        texts = ("see you at noon on", " ham"), ("win more money now on", " spam")
         rows = [{"prompt": f"{a} {i}", "completion": b} for i in range(6) for a, b in texts]
-        path = write_lines(tmp_path / "a.jsonl", *rows)
-        options = {"data": path, "epochs": 25, "learning_rate": 0.03, "val_fraction": 0.0, "emb_dim": 16}
-        result = cli("train", *words(SMALL | options), "--out", "out")
+        options = {"data": write_lines(tmp_path / "a.jsonl", *rows), "val_fraction": 0.0, "emb_dim": 16}
+        result = cli("train", *words(SMALL | options), "--epochs=25", "--learning_rate=0.03", "--out=out")
         assert "measuring all of it" in result.err and "accuracy              1.0000" in result.out
+        assert re.search(r"    (see you at noon on \d ham|win more money now on \d spam)", result.err)  # its samples continue a prompt
         model = read("out/last.pt").train()
         model.apply(lambda part: setattr(part, "p", 0.9))  # each dropout's
         pairs = [(row["prompt"], row["completion"]) for row in rows]
         assert gpt2.classify(model, gpt2.CompletionDataset(pairs, 8)) == [label for _, label in pairs]
-        report = json.loads(cli("eval", "--model", "out/last.pt", "--data", path, "--json").out)
+        report = json.loads(cli("eval", "--model", "out/last.pt", "--data", options["data"], "--json").out)
         assert report["accuracy"] == 1.0 and report["loss"] < 0.5
-        assert cli("generate", "see you 4", "--model", "out/last.pt").out == "see you 4 ham\n"
+        assert cli("generate", "see you at noon on 4", "--model=out/last.pt").out == "see you at noon on 4 ham\n"
 
 OTHER = {  # values that make another run
     "vocab_size": 50258, "context_length": 7, "emb_dim": 16, "n_heads": 4, "n_layers": 2, "dropout_rate": 0.2,
