@@ -678,7 +678,7 @@ class TestFineTuning:
         options = {"data": write_lines(tmp_path / "a.jsonl", *rows), "val_fraction": 0.0, "emb_dim": 16}
         result = cli("train", *words(SMALL | options), "--epochs=25", "--learning_rate=0.03", "--out=out")
         assert "measuring all of it" in result.err and "accuracy              1.0000" in result.out
-        assert re.search(r"    (see you at noon on \d ham|win more money now on \d spam)", result.err)  # its samples continue a prompt
+        assert re.search(r"    (see you at noon on \d ham|win more money now on \d spam)", result.err)
         model = read("out/last.pt").train()
         model.apply(lambda part: setattr(part, "p", 0.9))  # each dropout's
         pairs = [(row["prompt"], row["completion"]) for row in rows]
