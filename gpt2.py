@@ -706,7 +706,7 @@ def sha256_of(name: str) -> str:
 
 @contextlib.contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """Make a ValueError with the file's name of what its readers raise."""
+    """Turn what a file's readers raise into a ValueError that names it."""
     try:
         yield
     except Exception as error:
@@ -1052,7 +1052,7 @@ def run_train(args) -> None:
     if not int(os.environ.get("RANK") or 0):
         args.model = str(Path(args.out, "last.pt"))
         vars(args).update(load_checkpoint(args.model)["config"])
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # all saved
             signal.signal(number, signal.default_int_handler)
         if args.data.lower().endswith((".json", ".jsonl")):
             run_eval(args)
