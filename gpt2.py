@@ -1056,7 +1056,7 @@ def run_train(args) -> None:
             signal.signal(number, signal.default_int_handler)
         if args.data.lower().endswith((".json", ".jsonl")):
             run_eval(args)
-        log.info("done; next: python gpt2.py generate --model %s, or best.pt if there is one", args.model)
+        log.info("next: python gpt2.py generate --model %s, or best.pt if any", args.model)
 
 def run_generate(args) -> None:
     """Print texts as they are made."""
