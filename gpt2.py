@@ -331,7 +331,7 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # do not decay
     groups = [{"params": matrices, "weight_decay": config["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory: 4 times as fast on a CPU
+    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory: 4 times as fast
     return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
 
 @functools.lru_cache(maxsize=1)
@@ -594,7 +594,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
 def load_examples(config: dict) -> tuple[CompletionDataset, CompletionDataset | None]:
     """The training and the validation set of a file of examples."""
     examples = read_examples(find_data(config["data"]))
-    examples = [examples[i] for i in order_of_epoch(len(examples), config["seed"], 0)]  # files are often sorted
+    examples = [examples[i] for i in order_of_epoch(len(examples), config["seed"], 0)]  # files may be sorted
     n_val = math.ceil(len(examples) * config["val_fraction"])
     log.info("data      %s: %s examples, %s to validate", config["data"], len(examples), n_val)
     if n_val == len(examples):
@@ -1052,7 +1052,7 @@ def run_train(args) -> None:
     if not int(os.environ.get("RANK") or 0):
         args.model = str(Path(args.out, "last.pt"))
         vars(args).update(load_checkpoint(args.model)["config"])
-        for number in (signal.SIGINT, signal.SIGTERM):  # all saved
+        for number in (signal.SIGINT, signal.SIGTERM):  # saved
             signal.signal(number, signal.default_int_handler)
         if args.data.lower().endswith((".json", ".jsonl")):
             run_eval(args)
@@ -1076,7 +1076,7 @@ def run_generate(args) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def on_token(new):
-        if new.item() < end:  # half a character waits for the rest
+        if new.item() < end:  # half a character waits
             write(decoder.decode(tokenizer.decode_single_token_bytes(new.item())))
 
     for i in range(args.num_samples):
@@ -1163,7 +1163,7 @@ def make_parser() -> argparse.ArgumentParser:
             if isinstance(value, bool):
                 kind = {"action": argparse.BooleanOptionalAction if key in CONFIG else "store_true"}
             kind["help"] = f"{comments[key]} (default: {value})"
-            command.add_argument(f"--{key}", default=argparse.SUPPRESS, **kind)
+            command.add_argument(f"--{key}", *["--lr"] * (key == "learning_rate"), default=argparse.SUPPRESS, **kind)
         if name == "generate":
             command.add_argument("prompt", nargs="*", default=["I HAD always thought"], help="- is standard input")
         if name == "export":

@@ -676,7 +676,7 @@ class TestFineTuning:
         texts = ("see you at noon on", " ham"), ("win more money now on", " spam")
         rows = [{"prompt": f"{a} {i}", "completion": b} for i in range(6) for a, b in texts]
         options = {"data": write_lines(tmp_path / "a.jsonl", *rows), "val_fraction": 0.0, "emb_dim": 16}
-        result = cli("train", *words(SMALL | options), "--epochs=25", "--learning_rate=0.03", "--out=out")
+        result = cli("train", *words(SMALL | options), "--epochs=25", "--lr=0.03", "--out=out")
         assert "measuring all of it" in result.err and "accuracy              1.0000" in result.out
         assert re.search(r"    (see you at noon on \d ham|win more money now on \d spam)", result.err)
         model = read("out/last.pt").train()
