@@ -918,8 +918,8 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     contents = {"merges.txt": read_file_cached(url + "vocab.bpe")}
     contents["vocab.json"] = read_file_cached(url + "encoder.json")
     contents["config.json"] = json.dumps(config, indent=2).encode()
-    if any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds another model: give a new folder")
+    if any(folder.glob("*")):
+        raise ValueError(f"{folder} is not empty: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "pytorch_model.bin", functools.partial(torch.save, weights))
     for name, content in contents.items():

@@ -920,8 +920,8 @@ class TestPretrained:
         assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1 == END
         assert (exported / "merges.txt").read_text("utf-8").splitlines()[1] == "Ġ t"
         assert sorted(os.listdir(exported)) == ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
-        write(tmp_path / "model.safetensors", "")  # old weights, which would be read instead of the new
-        refused("another model", lambda: read(exported).save_pretrained(tmp_path))
+        write(tmp_path / "other", "")  # perhaps weights, which would be read instead of the new
+        refused("not empty", lambda: read(exported).save_pretrained(tmp_path))
     @cases("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
     @cases("prefix", ["", "transformer."])
     @cases("files", [["model"], ["model-1", "model-2"], []])
