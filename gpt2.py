@@ -394,7 +394,7 @@ def train(config: dict | None = None, *, out: str | Path | None = "checkpoints",
     steps_per_epoch = math.ceil(len(train_set) / run["windows_per_step"])
     total_steps = config["epochs"] * steps_per_epoch
     last_step = min(total_steps, config["max_steps"] or total_steps)
-    often = min(steps_per_epoch, math.ceil(total_steps / 10))
+    often = min(steps_per_epoch, math.ceil(total_steps / 10))  # what 0 means
     if run["step"] >= last_step:
         raise ValueError(f"{run['step']} of {total_steps} steps are done: raise max_steps, or start anew with init")
     network = torch.compile(model) if config["compile"] else model  # saving and sampling use the plain model
@@ -640,7 +640,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     if temperature != 0 and not 1e-4 <= temperature < math.inf:
         raise ValueError(f"temperature {temperature} must be 0 (greedy) or from 0.0001 on")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"top_k {top_k} must be at least 1, top_p {top_p} above 0 and at most 1")
+        raise ValueError(f"top_k must be 1 or more, top_p above 0 and at most 1: here {top_k}, {top_p}")
 
 def check_config(given: dict) -> dict:
     """`CONFIG` with what is given. ValueError for an unknown key or a value that cannot be."""
