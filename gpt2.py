@@ -1,52 +1,53 @@
 """GPT-2 from scratch in one file: attention, the model, training, sampling, OpenAI's weights.
 
     python gpt2.py train                              train a small GPT-2 on the-verdict.txt
-    python gpt2.py generate "I HAD always thought"    let it write on
+    python gpt2.py generate "I HAD always thought"    continue a text
     python gpt2.py eval --data FILE                   measure a model on a text
-    python gpt2.py export FOLDER                      write a folder that `transformers` reads
+    python gpt2.py export FOLDER                      write a folder that other programs read
 
-Part one is GPT-2, sections 1 to 7, to be read from the top. Part two makes it a program, sections 8 to 12;
-what part one borrows from there has the number of its section beside the first use.
+Part one is GPT-2: read it from here to "Part two", and you have met the model, its training and its
+sampling, and nothing else. Part two makes it a program: data files, runs that can be interrupted,
+OpenAI's weights, fast CPUs, the command line. Read it when you need it.
 
-Letters in shapes: B batch, T tokens (time), C embedding width, H heads, D width of a head (C / H),
-V vocabulary, L layers. `# (B, T, C)` at the end of a line is the shape of what the line makes.
+Letters in shapes: B batch, T tokens (time), S tokens seen so far, C embedding width, H heads,
+D width of a head (C / H), V vocabulary, L layers. A comment `# (B, T, C)` is the shape of what its
+line makes.
 
-The GPT-2 paper: "Language Models are Unsupervised Multitask Learners", 2019; its code: github.com/openai/gpt-2.
+The GPT-2 paper is "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), its
+code github.com/openai/gpt-2. The growth of attention in named steps and several names (emb_dim,
+n_heads, qkv_bias, CausalAttention, text_to_token_ids, the-verdict.txt) follow Sebastian Raschka's
+book "Build a Large Language Model (From Scratch)".
 """
 
-import argparse
-import codecs
 import contextlib
-import ctypes
 import functools
-import hashlib
-import itertools
-import json
-import logging
 import math
-import mmap
 import os
-import re
-import signal
-import sys
-import textwrap
-import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import tiktoken
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
-log = logging.getLogger("gpt2")
 
-# ==== Part one: GPT-2 ====
-# ---- 1. Attention: every token looks at others and averages what they offer ----
+
+# ======================================= Part one: GPT-2 =======================================
+
+# ---- 1. Attention: every token looks at other tokens and averages what they offer ----
+#
+# Three classes, one idea. The first two are for reading: one head, then one head that cannot see
+# the future. The third is what the model uses: many such heads at once.
+
+
 class SelfAttention(nn.Module):
-    """One head, softmax(Q Kᵀ / √D) V ("Attention Is All You Need", 2017).  x (B, T, d_in) -> (B, T, d_out)."""
+    """One head: softmax(Q Kᵀ / √D) V ("Attention Is All You Need", Vaswani et al., 2017).
+
+    x (B, T, d_in) -> (B, T, d_out)
+    """
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False):
         super().__init__()
@@ -58,196 +59,994 @@ class SelfAttention(nn.Module):
         """How well each query (row) fits each key (column): (B, T, T)."""
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
-        # A sum of D products has D times their variance. Undo it, or softmax is nearly one-hot, without gradient.
+
+        # A sum of D products has D times the variance of one. Divided by √D it has that of one
+        # again. Otherwise softmax would put nearly all weight on one key, and learn nothing.
         return queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
 
     def weights(self, x: Tensor) -> Tensor:
-        """How much each token (row) takes from each (column): (B, T, T); rows sum to 1."""
+        """How much each token (row) takes from each token (column): (B, T, T); rows sum to 1."""
         return torch.softmax(self.scores(x), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weights(x) @ self.value(x)  # (B, T, T) @ (B, T, D) -> (B, T, D)
 
-class CausalAttention(SelfAttention):
-    """One head that cannot see the future, so that predicting the next token is not copying it."""
 
-    def __init__(self, d_in: int, d_out: int, context_length: int, dropout_rate: float, qkv_bias=False):
+class CausalAttention(SelfAttention):
+    """One head that cannot see the future: to predict the next token is then not to copy it.
+
+    x (B, T, d_in) -> (B, T, d_out), T at most context_length
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        context_length: int,
+        dropout_rate: float,
+        qkv_bias: bool = False,
+    ):
         super().__init__(d_in, d_out, qkv_bias)
-        self.dropout = nn.Dropout(dropout_rate)  # new
-        future = torch.ones(context_length, context_length, dtype=torch.bool).triu(1)  # new
-        self.register_buffer("future", future, persistent=False)  # new: moves with the model
+        self.dropout = nn.Dropout(dropout_rate)
+        future = torch.ones(context_length, context_length, dtype=torch.bool).triu(1)
+        self.future: Tensor  # True above the diagonal; a buffer moves with the model
+        self.register_buffer("future", future, persistent=False)
 
     def weights(self, x: Tensor) -> Tensor:
-        scores = self.scores(x).masked_fill(self.future[: x.size(1), : x.size(1)], -math.inf)  # new: weight 0
-        return self.dropout(torch.softmax(scores, dim=-1))  # new: forget some links while training
+        tokens = x.size(1)
+
+        # softmax turns a score of -∞ into a weight of exactly 0.
+        scores = self.scores(x).masked_fill(self.future[:tokens, :tokens], -math.inf)  # (B, T, T)
+        return self.dropout(torch.softmax(scores, dim=-1))  # while training, forget some links
+
 
 class MultiHeadAttention(nn.Module):
-    """H `CausalAttention` heads side by side, then a projection that mixes them.  x (B, T, C) -> (B, T, C)."""
+    """H causal heads side by side, then a projection that mixes them.
+
+    x (B, T, C) -> (B, T, C)
+
+    Each head does what CausalAttention does, on its own D of the C values of a token:
+
+        scores = queries @ keys.transpose(2, 3) / math.sqrt(D)    # (B, H, T, T)
+        scores = scores.masked_fill(future, -math.inf)
+        weights = dropout(torch.softmax(scores, dim=-1))          # (B, H, T, T)
+        heads = weights @ values                                  # (B, H, T, D)
+
+    `F.scaled_dot_product_attention` computes these four lines in one kernel, which never stores
+    the T × T weights.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
         width = config["emb_dim"]
         self.n_heads = config["n_heads"]
-        # One matrix makes the queries, keys and values of all heads.
-        self.query_key_value = Linear(width, 3 * width, bias=config["qkv_bias"])  # section 11
-        self.projection = Linear(width, width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=config["qkv_bias"])
+        self.projection = nn.Linear(width, width)
         self.dropout = nn.Dropout(config["dropout_rate"])
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, H, T, D): each head gets its own D of the C values."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+
     def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
-        batch, tokens, width = x.shape
-        heads = self.query_key_value(x).view(batch, tokens, 3, self.n_heads, width // self.n_heads)
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        if cache is not None:  # section 7: x continues the tokens that the cache holds
-            keys, values = cache.append(keys, values)  # (B, H, S, D) each: all S tokens so far
-        # Query t stands at position S - T + t and sees the keys up to there. The kernel has that rule built in
-        # for S = T; a single query sees all keys; several queries that continue a cache need a mask.
-        seen = keys.size(2)
-        mask = None
-        if 1 < tokens < seen:
-            mask = torch.ones(tokens, seen, dtype=torch.bool, device=x.device).tril(seen - tokens)
-        dropout = self.dropout.p if self.training else 0.0
-        # softmax(Q Kᵀ / √D) V, (B, H, T, D), in one kernel that never stores the weights (T, S)
-        out = F.scaled_dot_product_attention(queries, keys, values, mask, dropout, is_causal=tokens == seen)
-        out = out.transpose(1, 2).reshape(batch, tokens, width)  # (B, T, C): the heads side by side
-        return self.dropout(self.projection(out))
+        # One matrix makes the queries, keys and values of all heads.
+        queries, keys, values = self.query_key_value(x).chunk(3, dim=-1)  # (B, T, C) each
+        queries = self.split_heads(queries)  # (B, H, T, D)
+        keys = self.split_heads(keys)  # (B, H, T, D)
+        values = self.split_heads(values)  # (B, H, T, D)
+
+        if cache is None:
+            dropout_rate = self.dropout.p if self.training else 0.0
+            heads = F.scaled_dot_product_attention(
+                queries, keys, values, dropout_p=dropout_rate, is_causal=True
+            )  # (B, H, T, D)
+        else:  # x continues a text that was read before: see KeyValueCache
+            heads = cache.attend(queries, keys, values)  # (B, H, T, D)
+
+        x = heads.transpose(1, 2).flatten(2)  # (B, T, C): the heads side by side
+        return self.dropout(self.projection(x))
+
 
 # ---- 2. Block: attention moves information between tokens, then each is worked on alone ----
+
+
 class LayerNorm(nn.Module):
-    """scale · (x - mean) / √(variance + 1e-5) + shift, each token for itself (Ba et al., 2016)."""
+    """Each token's vector, brought to mean 0 and variance 1, then scaled and shifted as learnt.
+
+    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) For reading: the model uses `nn.LayerNorm`, which
+    computes the same in one kernel.
+    """
 
     def __init__(self, emb_dim: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(emb_dim))  # scale
-        self.bias = nn.Parameter(torch.zeros(emb_dim))  # shift
+        self.weight = nn.Parameter(torch.ones(emb_dim))
+        self.bias = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+        mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
+        variance = x.var(dim=-1, correction=0, keepdim=True)  # (B, T, 1)
+        return self.weight * (x - mean) / torch.sqrt(variance + 1e-5) + self.bias
+
 
 class FeedForward(nn.Module):
-    """Widen each token's vector four times, bend it, narrow it again.  x (B, T, C) -> (B, T, C)."""
+    """The MLP: widen each token's vector four times, apply a non-linearity, narrow it again.
 
-    def __init__(self, config: dict):
-        super().__init__()
-        self.expand = Linear(config["emb_dim"], 4 * config["emb_dim"])
-        self.projection = Linear(4 * config["emb_dim"], config["emb_dim"])
-        self.dropout = nn.Dropout(config["dropout_rate"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        # GELU in the form of OpenAI's model.py: ½x(1 + tanh(√(2/π)(x + 0.044715x³)))
-        hidden = F.gelu(self.expand(x), approximate="tanh")  # (B, T, 4C)
-        return self.dropout(self.projection(hidden))  # (B, T, C)
-
-class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each added to the residual stream.  x (B, T, C) -> (B, T, C).
-
-    The norms stand before the steps, not on the stream (GPT-2 paper, 2.3): so x runs through all blocks
-    changed only by additions, and gradients run back the same way.
+    x (B, T, C) -> (B, T, C)
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.norm1 = LayerNorm(config["emb_dim"])
+        self.expand = nn.Linear(config["emb_dim"], 4 * config["emb_dim"])
+        self.projection = nn.Linear(4 * config["emb_dim"], config["emb_dim"])
+        self.dropout = nn.Dropout(config["dropout_rate"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GELU in the form of OpenAI's code: ½x (1 + tanh(√(2/π) (x + 0.044715 x³)))
+        hidden = F.gelu(self.expand(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.projection(hidden))  # (B, T, C)
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then the MLP, each added to the residual stream.  x (B, T, C) -> (B, T, C).
+
+    The norms stand before attention and MLP, not on the stream (GPT-2 paper, section 2.3). So x
+    passes through all blocks changed by additions only, and gradients flow back the same way.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config["emb_dim"], eps=1e-5)
         self.attention = MultiHeadAttention(config)
-        self.norm2 = LayerNorm(config["emb_dim"])
+        self.norm2 = nn.LayerNorm(config["emb_dim"], eps=1e-5)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
         x = x + self.attention(self.norm1(x), cache)
-        return x + self.feed_forward(self.norm2(x))
+        x = x + self.feed_forward(self.norm2(x))
+        return x
 
-# ---- 3. Model: token ids go in at the bottom, scores for the next token come out on top ----
+
+# ---- 3. Model: token ids go in, scores for every possible next token come out ----
+
+SIZE_KEYS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+MODEL_KEYS = (*SIZE_KEYS, "dropout_rate", "qkv_bias")
+
+
 class GPT2(nn.Module):
-    """The language model (GPT-2 paper, section 2.3). ValueError for a config that cannot be."""
+    """The language model (GPT-2 paper, section 2.3).
+
+    It reads MODEL_KEYS of a config and ignores the rest. ValueError for an impossible config.
+    """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = check_keys(config)  # section 9
-        self.token_embedding = nn.Embedding(config["vocab_size"], config["emb_dim"])  # and head
-        self.position_embedding = nn.Embedding(config["context_length"], config["emb_dim"])  # learned
+        self.config = check_config(config, MODEL_KEYS)
+        vocab_size, width = config["vocab_size"], config["emb_dim"]
+
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(config["context_length"], width)
         self.dropout = nn.Dropout(config["dropout_rate"])
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config["n_layers"]))
-        self.final_norm = LayerNorm(config["emb_dim"])
-        self.apply(self._initialise)
+        self.final_norm = nn.LayerNorm(width, eps=1e-5)
+        self.head = nn.Linear(width, vocab_size, bias=False)
 
-    def _initialise(self, module: nn.Module) -> None:
-        """Weights normal with standard deviation 0.02, biases zero (OpenAI: 0.01 for positions)."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, (MultiHeadAttention, FeedForward)):  # `apply` comes to parts first
-            # 2L of them add to the residual stream, which should not grow with depth (paper, 2.3).
-            nn.init.normal_(module.projection.weight, std=0.02 / math.sqrt(2 * self.config["n_layers"]))
+        # One matrix (V, C) both reads a token and scores it: tokens that mean the same share a row.
+        self.head.weight = self.token_embedding.weight
+        self.initialise()
 
-    def forward(self, idx: Tensor, cache: "list[KeyValueCache] | None" = None, last_only: bool = False) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V): scores for each next token; or only the last row."""
+    def initialise(self) -> None:
+        """Draw the first weights.
+
+        all matrices and embeddings      normal, standard deviation 0.02
+        projections into the stream      0.02 / √(2L): 2L of them add up, so depth adds no variance
+        biases                           0
+        norms                            weight 1, bias 0 (as PyTorch makes them)
+        """
+        projection_std = 0.02 / math.sqrt(2 * self.config["n_layers"])
+        for name, parameter in self.named_parameters():
+            if name.endswith("projection.weight"):
+                nn.init.normal_(parameter, std=projection_std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: Tensor, cache: "list[KeyValueCache] | None" = None, last_only: bool = False
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V); (B, 1, V), those of the last token, with last_only.
+
+        With a cache, one for each block, idx continues the tokens that the cache holds.
+        """
         past = cache[0].length if cache else 0
         end = past + idx.size(1)
         if end > self.config["context_length"]:
             raise ValueError(f"{end} tokens, above context_length {self.config['context_length']}")
-        positions = torch.arange(past, end, device=idx.device)  # (T)
-        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C) + (T, C)
+
+        positions = torch.arange(past, end, device=idx.device)  # (T,)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache[layer] if cache else None)  # (B, T, C)
-        if last_only:
-            x = x[:, -1:]  # (B, 1, C): one row of the largest product will do
-        x = self.final_norm(x)
-        return linear(x, self.token_embedding.weight)  # (B, T, V): input and output share it
+
+        if last_only:  # the head is the largest matrix: multiply one row of x, not T
+            x = x[:, -1:]  # (B, 1, C)
+        return self.head(self.final_norm(x))  # (B, T, V)
 
     def num_parameters(self) -> int:
-        """How many numbers are trained; the head has none of its own."""
+        """How many numbers are trained. The head is the token embedding, so it counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "GPT2":
-        """A checkpoint, a Hugging Face folder, or `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`."""
-        return load_pretrained(name_or_path)  # section 10
+        """The model of a checkpoint, of a run's folder or of a folder in Hugging Face format, or
+        OpenAI's `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`. It is in float32, in eval mode."""
+        return load_pretrained(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder in Hugging Face format: weights, config and tokenizer."""
-        save_hugging_face(self, Path(folder))  # section 10
+        """Write weights, config and tokenizer as a new folder in Hugging Face format."""
+        save_hugging_face(self, Path(folder))
 
-# ---- 4. Data: text becomes tokens; the target of each token is the one after it ----
+
+# ---- 4. Data: text becomes tokens, and the target of each token is the one after it ----
+
+Batch = tuple[Tensor, Tensor]  # x (B, T) and y (B, T), the tokens and their targets
 IGNORE_INDEX = -100  # a target that no loss counts
 
+
 @functools.lru_cache(maxsize=1)
-def load_tokenizer():
-    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), a `tiktoken.Encoding`."""
-    import tiktoken  # here: `--help` should not wait for it
+def load_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from the copy beside this file."""
     if (HERE / ".tiktoken").is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
 
-def text_to_token_ids(text: str, tokenizer) -> Tensor:
-    """A prompt as token ids (1, T). In a prompt `<|endoftext|>` is ordinary text."""
-    return torch.tensor([tokenizer.encode(text, disallowed_special=())], dtype=torch.long)
 
-def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer) -> str:
-    """Token ids (T) or (1, T) as text. Bytes that make no whole character become �."""
-    return tokenizer.decode([i for i in torch.as_tensor(ids).flatten().tolist() if i < tokenizer.n_vocab])
+def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
+    """Text -> token ids (1, T). `<|endoftext|>` in it is that token, as in data."""
+    return torch.tensor([tokenizer.encode(text, allowed_special="all")], dtype=torch.long)
+
+
+def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer: tiktoken.Encoding) -> str:
+    """Token ids (T) or (1, T) -> text. Bytes that make no whole character become �."""
+    known = [i for i in torch.as_tensor(ids).flatten().tolist() if i < tokenizer.n_vocab]
+    return tokenizer.decode(known)
+
 
 class GPTDataset(torch.utils.data.Dataset):
-    """Windows of a text, one every `stride` tokens: (x, y), (context_length) each; y is one token later."""
+    """Windows of a text: item i is (x (T,), y (T,)), T the context length, y one token later.
 
-    def __init__(self, token_ids: Sequence[int] | Tensor, context_length: int, stride: int | None = None):
+    A window begins every `stride` tokens, and the last window ends where the text ends, so that
+    every token but the first is a target. With an offset, up to `stride`, all but the first and
+    the last begin so many tokens earlier, and there is one more.
+    ValueError for a text that is shorter than one window.
+    """
+
+    def __init__(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        context_length: int,
+        stride: int | None = None,
+        offset: int = 0,
+    ):
         self.token_ids = torch.as_tensor(token_ids).flatten()
         self.context_length = context_length
-        self.shift = 0  # how many tokens earlier windows begin; training changes it
-        self.starts = range(0, len(self.token_ids) - context_length, stride or context_length)
-        if not self.starts:
-            raise ValueError(f"{len(self.token_ids)} tokens are too few for context_length {context_length}")
+        self.stride = stride or context_length
+        self.offset = offset
+        self.last_start = len(self.token_ids) - context_length - 1
+        if self.last_start < 0:
+            size = f"context_length {context_length}"
+            raise ValueError(f"{len(self.token_ids)} tokens are too few for {size}")
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        start = max(0, self.starts[index] - self.shift)
-        window = self.token_ids[start : start + self.context_length + 1].long()
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = min(max(0, index * self.stride - self.offset), self.last_start)
+        window = self.token_ids[start : start + self.context_length + 1].long()  # (T + 1,)
         return window[:-1], window[1:]
 
-    def scoring_windows(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows that may overlap; a target is -100 where an earlier one scored it."""
+
+def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Items of any length -> x (B, T), y (B, T). Padding comes last, where no token sees it."""
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    x = pad([x for x, _ in items])
+    y = pad([y for _, y in items], padding_value=IGNORE_INDEX)
+    return x, y
+
+
+# ---- 5. CONFIG: every setting of a run. `python gpt2.py train --KEY VALUE` changes one ----
+
+CONFIG: dict[str, Any] = {
+    # The model: GPT-2 in everything but size
+    "vocab_size": 50257,  # tokens in the vocabulary
+    "context_length": 64,  # tokens that the model sees at once
+    "emb_dim": 128,  # width of a token's vector
+    "n_heads": 4,  # attention heads in a block
+    "n_layers": 4,  # blocks
+    "dropout_rate": 0.0,  # share of values dropped while training
+    "qkv_bias": True,  # biases for queries, keys and values
+    # The data
+    "data": "the-verdict.txt",  # a text, a token file or examples (see DATA_FORMATS)
+    "val_data": "",  # the same, to validate on; "": hold back a part of `data`
+    "val_fraction": 0.1,  # the share held back: a text's end, or random examples
+    "max_val_tokens": 100_000,  # hold back no more tokens of a text than this
+    "stride": 0,  # tokens from one window to the next; 0: half the context
+    # The run
+    "batch_size": 6,  # windows or examples at once, in each process
+    "grad_accumulation": 1,  # batches that make one optimizer step
+    "epochs": 26.0,  # times through the training data
+    "schedule_steps": 0,  # length of the run in optimizer steps; 0: `epochs` decides
+    "max_steps": 0,  # stop early, after so many steps of the schedule; 0: at its end
+    "learning_rate": 4e-3,  # the highest, reached at the end of the warm-up
+    "min_learning_rate": 1e-4,  # the last, or `learning_rate` where that is lower
+    "warmup_steps": 150,  # steps up to the highest learning rate; at most a quarter of all
+    "weight_decay": 0.1,  # how strongly AdamW pulls matrices towards zero
+    "grad_clip": 1.0,  # longest gradient; 0: any length
+    "seed": 42,  # where all random numbers start
+    # On the way, in steps. 0: once an epoch, or ten times a run if that is more often
+    "eval_every": 0,  # measure the validation loss and show a sample
+    "checkpoint_every": 0,  # save; also every ten minutes and at each lowest validation loss
+    "patience": 0,  # stop after so many measurements without a lower one; 0: never
+    "sample_prompt": "",  # what samples continue; "": the beginning of the data
+    # The machine
+    "device": "auto",  # auto (an accelerator, if there is one), cpu, cuda, mps, xpu
+    "precision": "auto",  # auto (half where the hardware computes it), fp32, bf16, fp16
+    "compile": False,  # train through torch.compile
+}
+
+
+# ---- 6. Training: predict every next token, measure the loss, step downhill ----
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers, such as a run's seed, a step and a process."""
+    mixed = 0
+    for number in numbers:  # a step of Knuth's linear congruential generator for each
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
+
+
+def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
+    """The rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
+    highest = config["learning_rate"]
+    lowest = min(config["min_learning_rate"], highest)
+    warmup_steps = min(config["warmup_steps"], total_steps // 4)
+    if step <= warmup_steps:
+        return highest * step / warmup_steps
+
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to 1
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
+    """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config["weight_decay"]},
+        {"params": vectors, "weight_decay": 0.0},  # biases and norms have no reason to be small
+    ]
+    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory: 4 times as fast
+    return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
+
+
+@functools.lru_cache(maxsize=1)
+def order_of_epoch(n_items: int, seed: int) -> Tensor:
+    """The random order in which an epoch takes its items: a permutation of 0 … n_items - 1."""
+    return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))
+
+
+def batches_of_step(
+    train_set: Any, step: int, config: dict, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """The batches (x (B, T), y (B, T)) of step 1, 2, …, as far as they fall to process `rank`.
+
+    They follow from the step alone, not from the steps before: so a resumed run needs no memory
+    of what it has read.
+    """
+    per_step = config["batch_size"] * config["grad_accumulation"] * world
+    epoch, position = divmod(step - 1, math.ceil(len(train_set.for_epoch(0)) / per_step))
+    seed = mix_seeds(config["seed"], epoch)
+    items = train_set.for_epoch(seed)  # windows are cut elsewhere in each epoch
+
+    order = order_of_epoch(len(items), seed)
+    share = order[position * per_step : (position + 1) * per_step][rank::world]
+    chosen = [items[i] for i in share.tolist()]
+    if not chosen:  # the last step of an epoch can have fewer items than there are processes
+        x, y = items[0]
+        chosen = [(x, torch.full_like(y, IGNORE_INDEX))]
+
+    size = config["batch_size"]
+    return [collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets not -100."""
+    logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
+    targets = targets.flatten()  # (B·T,)
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    machine: "Machine",
+    grad_clip: float = 0.0,
+) -> tuple[float, float]:
+    """One optimizer step on all batches -> (loss in nats per token, length of the gradient).
+
+    Batches are (x (B, T), y (B, T)). Their gradients add up before the optimizer steps once: it
+    is the step of one big batch, in the memory of a small one.
+    """
+    n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
+    total = torch.zeros((), device=machine.device)
+
+    for x, y in machine.micro_batches(network, batches):
+        with machine.autocast():
+            logits = network(x)  # (B, T, V)
+
+        # Divided by the targets of the whole step, not of this batch, whose share may be smaller.
+        loss = summed_loss(logits, y) / n_targets
+        machine.backward(loss)
+        total += loss.detach()
+
+    mean_loss = machine.sum(total)
+    gradient_norm = machine.clip_and_step(optimizer, mean_loss, grad_clip)
+    return mean_loss, gradient_norm
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no dropout and no gradients. Afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model: GPT2, batches: Iterable[Batch], machine: "Machine | None" = None) -> float:
+    """The mean loss of batches (x (B, T), y (B, T)) in nats per token: each target counts once.
+
+    With a machine of several processes, `batches` are the share of this one.
+    """
+    device = next(model.parameters()).device
+    loss = count = 0.0
+    with evaluating(model):
+        for x, y in batches:
+            loss += summed_loss(model(x.to(device)), y.to(device)).item()
+            count += int((y != IGNORE_INDEX).sum())
+
+    if machine:
+        loss, count = machine.sum(loss), machine.sum(count)
+    return loss / count
+
+
+def train(
+    config: dict | None = None,
+    *,
+    out: str | Path | None = "checkpoints",
+    init: GPT2 | str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Generator[dict]:
+    """Train, and yield after each step a dict: its row of metrics.jsonl, `model`, `total_steps`,
+    and where one was drawn a `sample`. Losses are in nats per token.
+
+    `config` holds what differs from CONFIG. `out` is the folder for what the run leaves, or None.
+    `init` is a model to start from, or its name. `resume` continues the run in `out`, on one
+    machine bit for bit; `overwrite` replaces it. Closing the generator saves.
+    """
+    with start_run(config or {}, out, init, resume, overwrite) as run:
+        config, model, machine = run.config, run.model, run.machine
+
+        for step in run.steps():
+            learning_rate = learning_rate_at(step, config, run.total_steps)
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            # Dropout follows from seed, step and process alone: so a resumed run repeats it.
+            torch.manual_seed(mix_seeds(config["seed"], step, machine.rank))
+            batches = batches_of_step(run.train_set, step, config, machine.rank, machine.world)
+            model.train()
+            clip = config["grad_clip"]
+            loss, norm = train_step(run.network, run.optimizer, batches, machine, clip)
+            row = run.count_step(batches, loss, learning_rate, norm)
+
+            evaluate_now = run.val_set is not None and run.is_due("eval_every")
+            sample_now = run.is_due("eval_every") or step == run.last_step
+            save_now = run.is_due("checkpoint_every")
+
+            if evaluate_now:
+                with machine.autocast():
+                    row["val_loss"] = evaluate(model, run.validation_batches(), machine)
+                save_now |= row["val_loss"] < run.best_val_loss
+
+            run.record(row)
+            if save_now:
+                run.save()
+
+            extra = {"model": model, "total_steps": run.last_step}
+            if sample_now:
+                extra["sample"] = run.sample()
+            yield row | extra
+
+
+# ---- 7. Generation: logits become probabilities, these a token, and that the next input ----
+
+
+class KeyValueCache:
+    """The keys and values of the tokens that one block has read.
+
+    A later token does not change them, so generating reads each token once instead of the whole
+    text again for each new token. Shapes are (B, H, S, D), S the tokens so far.
+    """
+
+    def __init__(self, context_length: int):
+        self.context_length = context_length
+        self.length = 0
+        self.keys: Tensor | None = None  # (B, H, context_length, D), made by the first tokens
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of T new tokens, (B, H, T, D) each -> those of all S, (B, H, S, D) each."""
+        if self.keys is None or self.values is None:
+            self.keys = keys.new_empty(*keys.shape[:2], self.context_length, keys.size(3))
+            self.values = torch.empty_like(self.keys)
+
+        start, self.length = self.length, self.length + keys.size(2)
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What T new tokens take from all S, (B, H, T, D): as in MultiHeadAttention."""
+        tokens = queries.size(2)
+        keys, values = self.append(keys, values)  # (B, H, S, D) each
+
+        # Query t stands at position S - T + t and sees the keys up to there. A single new token
+        # sees them all; the first tokens of all are the plain causal case.
+        mask, causal = None, tokens == self.length
+        if 1 < tokens < self.length:
+            mask = torch.ones(tokens, self.length, dtype=torch.bool, device=queries.device)
+            mask = mask.tril(self.length - tokens)  # (T, S)
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """ValueError for options of sampling that make no sense."""
+    if temperature != 0 and not 1e-4 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or at least 0.0001")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Leave exactly the k highest logits (B, V), the rest becomes -∞ (Fan et al., 2018)."""
+    highest, tokens = logits.topk(min(k, logits.size(-1)))  # (B, k) each
+    return torch.full_like(logits, -math.inf).scatter(1, tokens, highest)
+
+
+def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
+    """Leave the fewest tokens whose probabilities (B, V) reach p, scaled to a sum of 1.
+
+    "Nucleus sampling", Holtzman et al., 2020.
+    """
+    ordered, tokens = probabilities.sort(descending=True)  # (B, V) each
+    before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
+    before[:, 0] = 0.0  # the first token is always kept
+    kept = ordered.masked_fill(before >= p, 0.0)
+    kept = kept / kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(1, tokens, kept)
+
+
+def next_token_probabilities(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """logits (B, V) -> probabilities (B, V). A temperature below 1 sharpens, above 1 flattens.
+
+    At temperature 0, the limit, the most probable token has all.
+    """
+    if temperature == 0:
+        logits, temperature = keep_top_k(logits, 1), 1.0
+    logits = logits.float()  # half precision would round sums over the vocabulary
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_p is not None and top_p < 1:
+        probabilities = keep_top_p(probabilities, top_p)
+    return probabilities
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """probabilities (B, V) -> token ids (B, 1), each drawn with its probability.
+
+    Of exponentially distributed times at rates p, the shortest is that of token i with
+    probability p_i. `torch.multinomial` does the same, and waits for the device twice.
+    """
+    device = generator.device if generator else probabilities.device
+    waiting = torch.empty(probabilities.shape, device=device).exponential_(generator=generator)
+    return (probabilities / waiting.to(probabilities.device)).argmax(dim=-1, keepdim=True)
+
+
+def generate(
+    model: GPT2,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[Tensor], Any] | None = None,
+) -> Tensor:
+    """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`.
+
+    Temperature 0 is greedy: always the most probable token. Generation ends when every row has
+    produced `eos_id`, with which rows that end earlier are filled up, or when `on_token`, which
+    gets each new column (B, 1), returns True.
+
+    The window slides in halves. While the text fits the context, the model sees all of it. When
+    the context is full, the model goes on from the last half, read anew: positions are absolute,
+    so dropping one token would change the position of all others, and the cache with them.
+    """
+    check_sampling(temperature, top_k, top_p)
+    context = model.config["context_length"]
+    idx = idx.to(next(model.parameters()).device)
+    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+    start = max(0, idx.size(1) - context)  # the model sees idx[:, start:]
+    cache = None
+
+    with evaluating(model):
+        for count in range(max_new_tokens):
+            if idx.size(1) - start > context:
+                start = idx.size(1) - max(1, context // 2)
+                cache = None
+
+            unread = idx[:, start:] if cache is None else idx[:, -1:]
+            if use_cache and cache is None:
+                cache = [KeyValueCache(context) for _ in model.blocks]
+            logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
+            if count % 16 == 0 and not logits.amax(dim=-1).isfinite().all():  # NaN if one is
+                raise ValueError("NaN or infinite logits: the weights are damaged, or overflow")
+
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                new = draw(next_token_probabilities(logits, temperature, top_k, top_p), generator)
+            if eos_id is not None:
+                new = new.masked_fill(ended, eos_id)
+                ended |= new == eos_id
+
+            idx = torch.cat([idx, new], dim=1)  # (B, T + 1)
+            if (on_token and on_token(new)) or (eos_id is not None and ended.all()):
+                break
+    return idx.clone()  # made outside inference mode, so that it may be trained on
+
+
+# ================================= Part two: a program around it =================================
+
+import argparse
+import codecs
+import csv
+import ctypes
+import dataclasses
+import difflib
+import hashlib
+import io
+import itertools
+import json
+import logging
+import operator
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import stat
+import sys
+import textwrap
+import time
+from array import array
+from typing import IO, NamedTuple, NoReturn
+
+import torch.distributed as dist
+from tiktoken.load import read_file_cached
+from torch.overrides import TorchFunctionMode
+
+VERSION = "2.0"
+log = logging.getLogger("gpt2")  # notes
+progress = logging.getLogger("gpt2.progress")  # what a long step is doing: see Notes
+
+
+# ---- 8. Data files: texts, token files, examples to fine-tune on ----
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class BadFile(ValueError):
+    """A file that cannot be used. The message says which, where in it, and why."""
+
+
+class Example(NamedTuple):
+    """What fine-tuning learns from: the model is to continue the prompt with the completion."""
+
+    prompt: str
+    completion: str
+    end: bool = True  # `<|endoftext|>` is to follow
+    choices: tuple[str, ...] = ()  # a question's possible completions, of which one is right
+
+
+# No token of GPT-2 reaches from a visible character into the white space after it. So a text may
+# be cut there, and its pieces have the tokens of the whole.
+SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """A text in pieces of about a million characters. BadFile if it is not UTF-8."""
+    rest = ""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
+            while block := file.read(1 << 20):
+                if cut := SAFE_CUT.match(block):
+                    yield rest + cut.group()
+                    rest = ""
+                rest += block[cut.end() if cut else 0 :]
+        yield rest
+    except UnicodeDecodeError as error:
+        raise not_utf8(path) from error
+
+
+def not_utf8(path: Path) -> BadFile:
+    """Says by line and byte where a file is not UTF-8: an editor may not show it."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                utf16 = line.startswith((b"\xff\xfe", b"\xfe\xff"))
+                problem = "UTF-16" if utf16 else f"not UTF-8: 0x{line[error.start]:02x}"
+                where = f"{path}, line {number}, byte {error.start + 1}"
+                return BadFile(f"{where} is {problem}; save the file as UTF-8 text")
+    return BadFile(f"{path} changed while it was read")
+
+
+def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
+    """(place, record) for each entry of a JSON list, or each line with a JSON object."""
+    is_list = file.read(1000).lstrip().startswith("[")
+    file.seek(0)
+    if is_list:
+        yield from ((f"entry {i}", entry) for i, entry in enumerate(json.load(file), start=1))
+        return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                rule = "each line must be a whole JSON object, or the file a JSON list"
+                raise BadFile(f"line {number}: {error}; {rule}") from error
+
+
+def read_table(file: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) for each row of a table whose first row names the columns."""
+    rows = csv.DictReader(file, delimiter=delimiter)
+    for row in rows:
+        if None in row:  # where DictReader puts what has no column
+            advice = f'put a text with {delimiter!r} in it into "quotes"'
+            raise BadFile(f"line {rows.line_num}: more values than columns: {advice}")
+        yield f"line {rows.line_num}", row
+
+
+RECORD_FORMATS: dict[str, Callable[[IO[str]], Iterator[tuple[str, Any]]]] = {
+    ".json": read_json,
+    ".jsonl": read_json,
+    ".csv": functools.partial(read_table, delimiter=","),
+    ".tsv": functools.partial(read_table, delimiter="\t"),
+}
+
+
+def instruction_prompt(instruction: str, context: str = "") -> str:
+    """An instruction, maybe with an input, in the layout of Stanford Alpaca."""
+    paired = ", paired with an input that provides further context" if context else ""
+    given = f"### Input:\n{context}\n\n" if context else ""
+    return (
+        f"Below is an instruction that describes a task{paired}. Write a response that "
+        f"appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
+    )
+
+
+def text_of(record: dict, *keys: str, default: str | None = None) -> str:
+    """The text under the first of these keys that the record has. A number is its digits."""
+    value = next((record[key] for key in keys if key in record), default)
+    if isinstance(value, (int, float)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadFile(f"{' or '.join(keys)} is {value!r:.60}; it must be a text")
+    return value
+
+
+def as_pair(record: dict) -> Example:
+    end = record.get("end", True) not in (False, "false")
+    return Example(text_of(record, "prompt"), text_of(record, "completion"), end)
+
+
+def as_instruction(record: dict) -> Example:
+    context = {key: record.get(key) or "" for key in ("input", "context")}
+    prompt = instruction_prompt(
+        text_of(record, "instruction", "question"),
+        text_of(context, "input") or text_of(context, "context"),
+    )
+    return Example(prompt, text_of(record, "output", "response", "answer"))
+
+
+def as_question(record: dict) -> Example:
+    """A question with choices, like HellaSwag's; `answer` is the place of the right one, from 0."""
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise BadFile("'choices' must be a list of texts")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise BadFile(f"'answer' is {answer!r}; it must be from 0 to {len(choices) - 1}")
+    return Example(text_of(record, "prompt"), choices[answer], False, tuple(choices))
+
+
+RECORD_KINDS: dict[tuple[str, ...], Callable[[dict], Example | str]] = {  # the first that fits
+    ("prompt", "choices", "answer"): as_question,
+    ("prompt", "completion"): as_pair,
+    ("instruction", "output"): as_instruction,
+    ("instruction", "response"): as_instruction,
+    ("question", "answer"): as_instruction,
+    ("text", "label"): lambda row: Example(text_of(row, "text"), " " + text_of(row, "label")),
+    ("text",): lambda row: text_of(row, "text"),
+}
+
+
+def understand(place: str, record: Any) -> Example | str:
+    """A record as an example or, from {"text": …}, as a document. BadFile for other keys."""
+    keys = record.keys() if isinstance(record, dict) else [f"{record!r:.40}"]
+    kind = next((kind for needed, kind in RECORD_KINDS.items() if set(needed) <= set(keys)), None)
+    if kind is None:
+        known = " or ".join("+".join(needed) for needed in RECORD_KINDS)
+        raise BadFile(f"{place}: found {', '.join(map(str, keys))}; expected {known}")
+    try:
+        return kind(record)
+    except BadFile as error:
+        raise BadFile(f"{place}: {error}") from error
+
+
+def read_records(path: Path) -> Iterator[Example | str]:
+    """The examples or the documents of a file of records."""
+    count = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for place, record in RECORD_FORMATS[path.suffix.lower()](file):
+                count += 1
+                yield understand(place, record)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path) from error
+    except (BadFile, json.JSONDecodeError, csv.Error, RecursionError) as error:
+        raise BadFile(f"{path}: {error}") from error
+    if count == 0:
+        raise BadFile(f"{path} holds no records")
+
+
+def find_files(data: str) -> list[Path]:
+    """The files of a `data` setting: a file, all in a folder, or several with commas between.
+
+    A file may also lie beside gpt2.py. FileNotFoundError where nothing is found.
+    """
+    found: list[Path] = []
+    for name in [data] if Path(data).exists() else data.split(","):
+        places = [path for path in (Path(name), HERE / name) if name and path.exists()]
+        if not places:
+            raise FileNotFoundError(f"there is no file {name!r}: give a text or a file of examples")
+        for path in sorted(places[0].rglob("*")) if places[0].is_dir() else places[:1]:
+            hidden = any(part.startswith(".") for part in path.relative_to(places[0]).parts)
+            if path.is_file() and not hidden:
+                found.append(path)
+    if not found:
+        raise FileNotFoundError(f"the folder {data} holds no files")
+    return found
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """The sha256 of the files' bytes: a run goes on with the data that it began with."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def text_pieces(files: Sequence[Path]) -> Iterator[str]:
+    """All documents, with `<|endoftext|>` between them, in pieces that cut no token."""
+    for i, path in enumerate(files):
+        records = path.suffix.lower() in RECORD_FORMATS
+        for j, piece in enumerate(read_records(path) if records else read_text(path)):
+            if isinstance(piece, Example):
+                raise BadFile(f"{path} holds examples: they cannot be joined with texts")
+            begins = (j == 0 and i > 0) or (j > 0 and records)
+            yield (END_OF_TEXT if begins else "") + check_blanks(piece, path)
+
+
+def check_blanks(text: str, source: str | Path) -> str:
+    """The text, unless the tokenizer would die of it: it cannot take a million blanks in a row."""
+    if run := re.search(r"\s{200000}", text):
+        before = text[max(0, run.start() - 30) : run.start()]
+        raise BadFile(f"{source}: over 200,000 white-space characters in a row, after {before!r}")
+    return text
+
+
+def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
+    """Write the tokens of texts as uint16, 2 bytes a token, by all cores, in constant memory."""
+    encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
+    started, count = time.monotonic(), 0
+    pieces = text_pieces(files)
+    while group := list(itertools.islice(pieces, 32)):
+        for ids in encode(group, allowed_special="all"):
+            out.write(array("H", ids).tobytes())
+            count += len(ids)
+        rate = count / (time.monotonic() - started)
+        progress.info(f"tokenising: {count:,} tokens, {rate:,.0f} a second")
+    if count == 0:
+        raise BadFile(f"{files[0]} is empty: give a text")
+
+
+def map_tokens(path: Path) -> Tensor:
+    """The tokens of a .bin file as uint16, bare as nanoGPT writes them; read as they are used."""
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise BadFile(f"{path} has {size} bytes: not tokens of two bytes each")
+    tokens = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    if (highest := int(tokens[: 1 << 20].int().max())) >= CONFIG["vocab_size"]:
+        raise BadFile(f"{path} holds token {highest}: these are not GPT-2's tokens")
+    return tokens
+
+
+def load_tokens(files: Sequence[Path]) -> Tensor:
+    """The tokens of texts, or of one file of tokens, as uint16."""
+    if any(path.suffix.lower() == ".bin" for path in files):
+        if len(files) > 1:
+            raise BadFile(
+                f"{files[0]} and others: a token file stands alone; tokenize all together"
+            )
+        return map_tokens(files[0])
+    buffer = io.BytesIO()
+    tokenize(files, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint16)
+
+
+# A data set says itself which items an epoch takes, which items score each token once, what a
+# sample continues, and what `eval` reports beside the loss.
+
+
+class TextDataset(GPTDataset):
+    """A text to train on or to measure."""
+
+    def for_epoch(self, seed: int) -> GPTDataset:
+        """Windows that are cut elsewhere than in other epochs, or the cuts would be learnt."""
+        offset = 1 + seed % self.stride
+        return GPTDataset(self.token_ids, self.context_length, self.stride, offset)
+
+    def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows that may overlap; a target is -100 where an earlier window scored it."""
         context = self.context_length
         stride = min(stride or context, context)
         scored = 0
@@ -258,737 +1057,1321 @@ class GPTDataset(torch.utils.data.Dataset):
             scored = start + len(y)
             yield window[:-1], y
 
-def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Items of any length as x (B, T), y (B, T). Padding stands behind, where no token sees it."""
-    xs, ys = zip(*items)
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return pad(xs), pad(ys, padding_value=IGNORE_INDEX)
+    def sample_prompt(self) -> list[int]:
+        """The first five tokens after blank lines."""
+        ids = self.token_ids[:1000].tolist()
+        visible = (i for i, token in enumerate(ids) if load_tokenizer().decode([token]).strip())
+        start = next(visible, 0)
+        return ids[start : start + 5]
 
-def load_data(config: dict) -> tuple:
-    """The training set, and the validation set: the held-back end of a text, or None."""
-    if config["data"].lower().endswith((".json", ".jsonl")):
-        return load_examples(config)  # section 8: prompts with completions, to fine-tune on
-    ids = tokenize_file(config["data"])  # section 11: one long row of token ids
-    n_val = min(math.ceil(len(ids) * config["val_fraction"]), config["max_val_tokens"])
-    n_train = len(ids) - n_val
-    counts = f"{config['data']}: {n_train:,} tokens to train on, {n_val:,} to validate"
-    context = config["context_length"] if n_val else min(config["context_length"], max(1, n_train - 1))
-    if n_train <= context or n_val == 1:
-        raise ValueError(f"{counts}: too few for context_length {context}; lower it, or val_fraction")
-    log.info("data      %s", counts)
-    train_set = GPTDataset(ids[:n_train], context, config["stride"] or max(1, context // 2))
-    val_set = GPTDataset(ids[n_train:], min(context, n_val - 1)) if n_val else None
-    return train_set, val_set
+    def size(self) -> str:
+        return f"{len(self.token_ids):,} tokens"
 
-# ---- 5. CONFIG: every setting of a run; `python gpt2.py train --KEY VALUE` changes one ----
-CONFIG = {
-    # The model: GPT-2 in everything but size
-    "vocab_size": 50257,  # tokens in the vocabulary
-    "context_length": 64,  # tokens the model sees at once
-    "emb_dim": 128,  # width of a token's vector
-    "n_heads": 4,  # attention heads in a block
-    "n_layers": 4,  # blocks
-    "dropout_rate": 0.0,  # share of values dropped while training
-    "qkv_bias": True,  # a bias for queries, keys and values
-    # The data
-    "data": "the-verdict.txt",  # UTF-8 text, or .jsonl/.json examples
-    "val_fraction": 0.1,  # share held back to validate: a text's end, or random examples
-    "max_val_tokens": 100_000,  # hold back no more tokens of a text than this
-    "stride": 0,  # tokens from one window to the next; 0: half the context
-    # The run
-    "batch_size": 6,  # windows or examples at once, in each process
-    "grad_accumulation": 1,  # batches that make one optimizer step
-    "epochs": 26,  # times through the training data
-    "max_steps": 0,  # stop after so many optimizer steps; 0: after the epochs
-    "learning_rate": 4e-3,  # the highest, reached by the warm-up
-    "min_learning_rate": 1e-4,  # the last, or `learning_rate` where that is lower
-    "warmup_steps": 150,  # steps up to the highest learning rate; at most a quarter of all
-    "weight_decay": 0.1,  # AdamW's pull of matrices towards zero
-    "grad_clip": 1.0,  # longest gradient; 0: any length
-    "seed": 42,  # where all random numbers start
-    # On the way, in steps; 0: once an epoch, but about ten times a run or more
-    "eval_every": 0,  # measure the validation loss and show a sample so often
-    "checkpoint_every": 0,  # save so often, and at each lowest validation loss
-    "sample_prompt": "",  # what samples continue; else the beginning of the data
-    # The machine
-    "device": "auto",  # auto (an accelerator, if any), cpu, cuda, mps, xpu
-    "precision": "auto",  # auto (half on CUDA; to train, on some CPUs too), fp32, bf16, fp16
-    "compile": False,  # train through torch.compile
-}
+    def labels(self) -> list[str]:
+        return []
 
-# ---- 6. Training: guess every next token, measure the surprise, step downhill ----
-def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
-    """The rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
-    warmup = min(config["warmup_steps"], total_steps // 4)
-    if step <= warmup:
-        return config["learning_rate"] * step / warmup
-    progress = (step - warmup) / (total_steps - warmup)  # 0 to 1
-    lowest = min(config["min_learning_rate"], config["learning_rate"])
-    return lowest + (config["learning_rate"] - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
+        """Bits per byte, and the perplexity of a word, as `str.split` counts words."""
+        count = len(self.token_ids) - 1
+        text = decoded(self.token_ids[1:])
+        words = max(1, len(text.decode("utf-8", errors="replace").split()))
+        return {
+            "tokens": count,
+            "bits_per_byte": loss * count / math.log(2) / max(1, len(text)),
+            "word_perplexity": math.exp(min(loss * count / words, 700)),
+        }
 
-def make_optimizer(model: GPT2, config: dict) -> torch.optim.AdamW:
-    """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]  # do not decay
-    groups = [{"params": matrices, "weight_decay": config["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory: 4 times as fast
-    return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
-
-@functools.lru_cache(maxsize=1)
-def order_of_epoch(n_windows: int, seed: int, epoch: int) -> Tensor:
-    """The random order in which an epoch takes its windows."""
-    return torch.randperm(n_windows, generator=torch.Generator().manual_seed(hash((seed, epoch))))
-
-def batches_of_step(dataset, step: int, run: dict, rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
-    """The windows of step 1, 2, …: the share of process `rank`, as batches (x, y) of (B, T)."""
-    config = run["config"]
-    per_step = run["windows_per_step"]
-    epoch, position = divmod(step - 1, math.ceil(len(dataset) / per_step))
-    order = order_of_epoch(len(dataset), config["seed"], epoch)
-    share = order[position * per_step : (position + 1) * per_step][rank::world]
-    if isinstance(dataset, GPTDataset):  # cut elsewhere in each epoch, or the cuts are learnt too
-        dataset.shift = hash((config["seed"], epoch)) % dataset.starts.step
-    items = [dataset[i] for i in share.tolist()]
-    if not items:  # more processes than windows: one that counts nothing
-        x, y = dataset[0]
-        items = [(x, torch.full_like(y, IGNORE_INDEX))]
-    return [collate(items[i : i + config["batch_size"]]) for i in range(0, len(items), config["batch_size"])]
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> summed cross-entropy in nats; a target of -100 is none."""
-    logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
-    return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
-
-@torch.inference_mode()
-def evaluate(model: GPT2, dataset, *, stride: int | None = None) -> float:
-    """The mean loss in nats per token, each counted once. Leaves the model in eval mode."""
-    model.eval()  # no dropout
-    device = next(model.parameters()).device
-    windows = dataset.scoring_windows(stride) if isinstance(dataset, GPTDataset) else iter(dataset)
-    batch_size = max(1, 1024 // model.config["context_length"])  # the logits take 0.2 GB
-    loss = 0.0
-    count = 0
-    while items := list(itertools.islice(windows, batch_size)):
-        x, y = collate(items)
-        loss += summed_loss(model(x.to(device)), y.to(device)).item()
-        count += int((y != IGNORE_INDEX).sum())
-        log.info("measuring the loss: %s tokens", f"{count:,}", extra={"live": True})
-    return loss / count
-
-def train(config: dict | None = None, *, out: str | Path | None = "checkpoints", init: GPT2 | str | Path | None = None,
-          resume: bool = False, overwrite: bool = False) -> Iterator[dict]:
-    """Train, and yield a dict a step: its metrics (losses in nats per token), the `model`, a `sample`.
-
-    `config` holds what differs from `CONFIG`. `out` is the folder for what the run leaves, or None. `init`
-    is a model to start from, or its name. `resume` continues `out`, on one machine bit for bit; `overwrite`
-    replaces it. Closing the generator saves.
-    """
-    folder = Path(out) if out is not None else None
-    config, model, optimizer, run = start_run(config or {}, folder, init, resume, overwrite)  # section 9
-    device = next(model.parameters()).device
-    rank, world = join_processes(device)  # section 9
-    dtype, autocast, scaler = mixed_precision(config["precision"], device)  # section 9
-    scaler.load_state_dict(run["scaler"] or scaler.state_dict())
-    train_set, val_set = load_data(config)
-    log.info("model     %s parameters, on %s in %s", f"{model.num_parameters():,}", device, dtype)
-    steps_per_epoch = math.ceil(len(train_set) / run["windows_per_step"])
-    total_steps = config["epochs"] * steps_per_epoch
-    last_step = min(total_steps, config["max_steps"] or total_steps)
-    often = min(steps_per_epoch, math.ceil(total_steps / 10))  # what 0 means
-    if run["step"] >= last_step:
-        raise ValueError(f"{run['step']} of {total_steps} steps are done: raise max_steps, or start anew with init")
-    network = torch.compile(model) if config["compile"] else model  # saving and sampling use the plain model
-    if world > 1:
-        network = nn.parallel.DistributedDataParallel(network)
-    tokenizer = load_tokenizer()
-    x, y = train_set[0]  # samples continue its prompt, or 5 tokens of a text
-    prompt = text_to_token_ids(config["sample_prompt"], tokenizer)  # (1, T)
-    prompt = prompt if prompt.numel() else x[None, : (y == IGNORE_INDEX).sum() + 1 if y[0] == IGNORE_INDEX else 5]
-    save = functools.partial(save_run, folder, run, model, optimizer, scaler)  # section 9
-
-    for step in range(run["step"] + 1, last_step + 1):
-        started = time.perf_counter()
-        # Dropout follows from seed, step and process alone: so a resumed run repeats it.
-        torch.manual_seed(hash((config["seed"], step, rank)))
-        model.train()  # a measurement or a sample left it in eval mode
-        learning_rate = learning_rate_at(step, config, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        batches = batches_of_step(train_set, step, run, rank, world)
-        n_targets = sum_over_processes(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))  # section 9
-        loss = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(batches):  # the gradients of all batches add up
-            later = world > 1 and i < len(batches) - 1  # exchange gradients once, with the last batch
-            with network.no_sync() if later else contextlib.nullcontext():
-                with autocast:
-                    logits = network(x.to(device))  # (B, T, V)
-                    # Divided by the targets of the whole step: so the gradients are those of one big batch.
-                    batch_loss = summed_loss(logits, y.to(device)) / n_targets
-                scaler.scale(batch_loss * world).backward()  # exchanging divides by `world`
-            loss += batch_loss.detach()
-
-        scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf).item()
-        loss = sum_over_processes(loss)
-        # The scaler lifts small fp16 gradients, and skips a step in which they overflow.
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient {grad_norm}: lower learning_rate")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        run["step"] = step
-        run["tokens_seen"] += int(n_targets)
-        row = {"step": step, "epoch": math.ceil(step / steps_per_epoch), "tokens_seen": run["tokens_seen"]}
-        row |= {"train_loss": loss, "learning_rate": learning_rate}
-        row["grad_norm"] = grad_norm if math.isfinite(grad_norm) else None
-        n_tokens = world * sum(x.numel() for x, _ in batches)
-        row["tokens_per_second"] = round(n_tokens / (time.perf_counter() - started), 1)
-        extra = {"total_steps": last_step, "model": model}
-        scheduled = step % (config["eval_every"] or often) == 0 or step == total_steps
-        if val_set and (scheduled or step == last_step):
-            with autocast:  # one only for max_steps is not kept: so N + N steps are 2N
-                (row if scheduled else extra)["val_loss"] = evaluate(model, val_set)
-        run["metrics"].append(row)
-        due = step % (config["checkpoint_every"] or often) == 0 or step == last_step
-        if due or row.get("val_loss", math.inf) < run["best_val_loss"]:
-            saved = save(plot=step == last_step)
-        if rank == 0 and (scheduled or step == last_step):
-            extra["sample"] = token_ids_to_text(generate(model, prompt, 40, eos_id=tokenizer.eot_token), tokenizer)
-        try:
-            yield row | extra
-        except GeneratorExit:  # the caller stops here
-            saved = save(plot=True)
-            break
-    if not saved:
-        raise OSError(f"step {run['step']}, the last, is not saved in {folder}")
-
-# ---- 7. Generation: logits become probabilities, these a token, and that the next input ----
-class KeyValueCache:
-    """Keys and values of the tokens that one block has read; later tokens do not change them."""
-
-    def __init__(self, context_length: int):
-        self.context_length = context_length
-        self.length = 0
-        self.keys = None  # (B, H, context_length, D), made when the first tokens come
-        self.values = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of T tokens, (B, H, T, D) each; return those of all S tokens so far, (B, H, S, D)."""
-        if self.keys is None:
-            self.keys = keys.new_empty(*keys.shape[:2], self.context_length, keys.size(3))
-            self.values = torch.empty_like(self.keys)
-        start = self.length
-        self.length += keys.size(2)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-def next_token_probabilities(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
-                             top_p: float | None = None) -> Tensor:
-    """logits (B, V) -> probabilities (B, V). Temperature below 1 sharpens, above 1 flattens.
-
-    top_k keeps the k most probable (Fan et al., 2018), top_p those that reach p (Holtzman et al., 2020).
-    """
-    check_sampling(temperature, top_k, top_p)  # section 9
-    if temperature == 0:  # the limit: all on the most probable token
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits.dtype)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
-    if top_k is not None and top_k < logits.size(-1):
-        highest, tokens = logits.topk(top_k)  # (B, k) each
-        logits = torch.full_like(logits, -math.inf).scatter(1, tokens, highest)  # exactly k
-    probabilities = torch.softmax(logits, dim=-1)
-    if top_p is not None and top_p < 1:
-        ordered, tokens = probabilities.sort(descending=True)  # (B, V) each
-        before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
-        kept = ordered.masked_fill((before >= top_p) & (before > 0), 0.0)  # never the first
-        probabilities = torch.zeros_like(kept).scatter(1, tokens, kept / kept.sum(dim=-1, keepdim=True))
-    return probabilities
-
-def sample_next(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-                generator: torch.Generator | None = None) -> Tensor:
-    """logits (B, V) -> token ids (B, 1): the most probable at temperature 0, else drawn."""
-    if not logits.amax(dim=-1).isfinite().all():  # NaN if one is NaN
-        raise ValueError("NaN or infinite logits: weights are damaged, or fp16 overflowed")
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    # Drawn on the CPU: the same on every device.
-    probabilities = next_token_probabilities(logits.float().cpu(), temperature, top_k, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator).to(logits.device)
-
-def generate(model: GPT2, idx: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, eos_id: int | None = None, generator: torch.Generator | None = None,
-             use_cache: bool = True, on_token: Callable[[Tensor], None] | None = None) -> Tensor:
-    """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`. Temperature 0: greedy.
-
-    Ends when every row has produced `eos_id`; rows that have are filled up with it. `on_token` gets each (B, 1).
-    When the context is full, the model goes on from its last half, read anew.
-    """
-    model.eval()
-    context = model.config["context_length"]
-    idx = idx.to(next(model.parameters()).device)
-    start = max(0, idx.size(1) - context)  # the model sees idx[:, start:]
-    cache = None
-    ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-    with torch.inference_mode():  # 5 % faster than no_grad
-        for _ in range(max_new_tokens):
-            if idx.size(1) - start > context:
-                start = idx.size(1) - max(1, context // 2)
-                cache = None
-            unread = idx[:, start:] if cache is None else idx[:, -1:]
-            if use_cache and cache is None:
-                cache = [KeyValueCache(context) for _ in model.blocks]
-            logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            new = sample_next(logits, temperature, top_k, top_p, generator)  # (B, 1)
-            if eos_id is not None:
-                new = new.masked_fill(ended, eos_id)
-                ended |= new == eos_id
-            idx = torch.cat([idx, new], dim=1)
-            if on_token:
-                on_token(new)
-            if ended.all():
-                break
-    return idx.clone()  # out here: no training on what inference mode made
-
-# ==== Part two: a program ====
-# ---- 8. Fine-tuning: the same training, but only completions count in the loss ----
-ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately "
-          "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:\n")
 
 class CompletionDataset(list):
-    """Prompts and completions as (x, y) of any length; y is -100 in the prompt, `<|endoftext|>` at the end."""
+    """Examples as items (x, y) of any length; y is -100 in the prompt, so that only completions
+    and the closing `<|endoftext|>` count. What is longer than the context loses its beginning."""
 
-    def __init__(self, examples: Sequence[tuple[str, str]], context_length: int):
-        self.examples = examples
-        tokenizer = load_tokenizer()
-        for prompt, completion in examples:
-            before = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
-            after = [*tokenizer.encode(completion, disallowed_special=()), tokenizer.eot_token]
-            x = (before + after)[:-1]
-            y = [IGNORE_INDEX] * (len(before) - 1) + after
-            self.append((torch.tensor(x[-context_length:]), torch.tensor(y[-context_length:])))
+    def __init__(self, examples: Sequence[Example | tuple[str, str]], context_length: int):
+        self.examples = [Example(*example) for example in examples]
+        self.context_length = context_length
+        rows = [self.tokens_of(example) for example in self.examples]
+        super().__init__((x[-context_length:], y[-context_length:]) for x, y in rows)
 
-def instruction_prompt(instruction: str, context: str = "") -> str:
-    """An instruction, maybe with an input, in Stanford Alpaca's layout."""
-    paired = ", paired with an input that provides further context" if context else ""
-    return ALPACA.format(paired, instruction, f"### Input:\n{context}\n\n" if context else "")
+        self.lengths = [len(x) for x, _ in rows]
+        longest = max((int((y != IGNORE_INDEX).sum()) for _, y in rows), default=0)
+        if longest > context_length:
+            problem = f"a completion of {longest} tokens is longer than context_length"
+            raise ValueError(f"{problem} {context_length}: shorten it, or raise context_length")
 
-def read_examples(path: Path) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs: a JSON object a line, or a JSON list."""
-    with reading(path):
-        text = path.read_text(encoding="utf-8-sig").strip()
-        entries = json.loads(text) if text.startswith("[") else filter(str.strip, text.split("\n"))
-    examples = []
-    for number, entry in enumerate(entries, start=1):
-        with reading(f"{path}, entry {number}"):
-            entry = json.loads(entry) if isinstance(entry, str) else entry
-            if "instruction" in entry:
-                entry["prompt"] = instruction_prompt(entry["instruction"], entry.get("input") or "")
-                entry["completion"] = entry["output"]
-            if None in (entry["prompt"], entry["completion"]):
-                raise ValueError("null is no text")
-            examples.append((str(entry["prompt"]), str(entry["completion"])))
-    return examples
+    @staticmethod
+    def tokens_of(example: Example) -> tuple[Tensor, Tensor]:
+        """x (T,) and y (T,), which is x shifted by one, and -100 in the prompt."""
+        encode = functools.partial(load_tokenizer().encode, allowed_special="all")
+        end = load_tokenizer().eot_token
+        prompt = encode(example.prompt) or [end]
+        completion = encode(example.completion.removesuffix(END_OF_TEXT)) + [end] * example.end
+        y = [IGNORE_INDEX] * (len(prompt) - 1) + completion
+        return torch.tensor((prompt + completion)[:-1]), torch.tensor(y)
 
-def load_examples(config: dict) -> tuple[CompletionDataset, CompletionDataset | None]:
-    """The training and the validation set of a file of examples."""
-    examples = read_examples(find_data(config["data"]))
-    examples = [examples[i] for i in order_of_epoch(len(examples), config["seed"], 0)]  # files may be sorted
-    n_val = math.ceil(len(examples) * config["val_fraction"])
-    log.info("data      %s: %s examples, %s to validate", config["data"], len(examples), n_val)
-    if n_val == len(examples):
-        raise ValueError(f"{config['data']} leaves no example to train on: lower val_fraction")
-    sets = [CompletionDataset(part, config["context_length"]) for part in (examples[n_val:], examples[:n_val])]
-    return sets[0], sets[1] or None
+    def for_epoch(self, seed: int) -> "CompletionDataset":
+        return self
 
-@torch.inference_mode()
-def classify(model: GPT2, dataset: CompletionDataset, labels: Sequence[str] = ()) -> list[str]:
-    """For each example, the most probable of these completions, or of all in the dataset."""
-    model.eval()
-    labels = labels or sorted({label for _, label in dataset.examples})
+    def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self)
+
+    def sample_prompt(self) -> list[int]:
+        """The prompt of the first example."""
+        return load_tokenizer().encode(self.examples[0].prompt, allowed_special="all")
+
+    def size(self) -> str:
+        """How many, and how many lose their beginning."""
+        cut = sum(length > self.context_length for length in self.lengths)
+        note = f", {cut} of them longer than context_length {self.context_length}: they lose their "
+        note += f"beginning (the longest has {max(self.lengths)} tokens)"
+        return f"{len(self):,} examples" + (note if cut else "")
+
+    def labels(self) -> list[str]:
+        """The different completions, if they are 2 to 50, and come twice or more on average."""
+        different = sorted({example.completion for example in self.examples})
+        return different if 2 <= len(different) <= min(50, len(self) // 2) else []
+
+    def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
+        """Bits per byte, the share of exact completions, and accuracies where there are some."""
+        targets = torch.cat([y[y != IGNORE_INDEX] for _, y in self])
+        bits = loss * len(targets) / math.log(2)
+        report: dict[str, float] = {"tokens": len(targets)}
+        report["bits_per_byte"] = bits / max(1, len(decoded(targets)))
+        report["exact"] = exact_share(model, self)
+        if all(example.choices for example in self.examples):
+            return report | choice_accuracy(model, self)
+
+        if labels := labels or self.labels():
+            truth = [example.completion for example in self.examples]
+            right = map(str.__eq__, classify(model, self, labels), truth)
+            report["accuracy"] = sum(right) / len(truth)
+            report["majority"] = max(map(truth.count, set(truth))) / len(truth)
+            if unknown := sorted(set(truth) - set(labels)):
+                log.info(f"labels    not in the training set: {', '.join(map(repr, unknown))}")
+        return report
+
+
+def decoded(ids: Tensor) -> bytes:
+    """The text of tokens (T,), as bytes, without `<|endoftext|>`."""
+    tokenizer = load_tokenizer()
+    return tokenizer.decode_bytes([i for i in ids.tolist() if i < tokenizer.eot_token])
+
+
+def scoring_batches(dataset: Any, stride: int | None = None, tokens: int = 1024) -> Iterator[Batch]:
+    """Batches (x (B, T), y (B, T)) for `evaluate`, of about so many tokens, each scored once."""
+    items = dataset.scoring_items(stride)
+    done = 0
+    while chosen := list(itertools.islice(items, max(1, tokens // dataset.context_length))):
+        x, y = collate(chosen)
+        yield x, y
+        done += int((y != IGNORE_INDEX).sum())
+        progress.info(f"measuring: {done:,} tokens")
+
+
+def completion_losses(model: GPT2, example: Example, completions: Sequence[str]) -> list[Tensor]:
+    """For each of these completions of a prompt, the losses (T,) of its tokens in nats."""
     device = next(model.parameters()).device
+    rows = [example._replace(completion=completion) for completion in completions]
+    found = []
+    with evaluating(model):
+        for x, y in CompletionDataset(rows, model.config["context_length"]):
+            logits = model(x[None].to(device))[0].float()  # (T, V)
+            losses = F.cross_entropy(logits, y.to(device), reduction="none")  # (T,)
+            found.append(losses[y != IGNORE_INDEX].cpu())
+    return found
+
+
+def classify(model: GPT2, dataset: CompletionDataset, labels: Sequence[str] = ()) -> list[str]:
+    """For each example, the most probable of these labels, or of all completions in the set."""
+    labels = labels or sorted({example.completion for example in dataset.examples})
     predicted = []
-    for prompt, _ in dataset.examples:
-        pairs = CompletionDataset([(prompt, label) for label in labels], model.config["context_length"])
-        losses = [summed_loss(model(x[None].to(device)), y[None].to(device)).item() for x, y in pairs]
+    for example in dataset.examples:
+        losses = [float(loss.sum()) for loss in completion_losses(model, example, labels)]
         predicted.append(labels[losses.index(min(losses))])
     return predicted
 
-# ---- 9. Runs: settings, any machine, whole files, going on where a run stopped ----
-MODEL_KEYS = tuple(CONFIG)[:7]  # those under "The model"
-RESUME_MAY_CHANGE = {"max_steps", "eval_every", "checkpoint_every", "sample_prompt", "device", "compile",
-                     "data", "batch_size", "grad_accumulation"}
 
-def check_keys(config: dict, keys: Sequence[str] = MODEL_KEYS) -> dict:
-    """These keys of `config`. ValueError unless each is of CONFIG's type, and in its limits."""
+def choice_accuracy(model: GPT2, dataset: CompletionDataset) -> dict:
+    """How often the right choice has the lowest loss, summed and, normalised, a token."""
+    by_sum = by_mean = 0
+    for example in dataset.examples:
+        losses = completion_losses(model, example, example.choices)
+        right = example.choices.index(example.completion)
+        by_sum += min(range(len(losses)), key=lambda i: losses[i].sum()) == right
+        by_mean += min(range(len(losses)), key=lambda i: losses[i].mean()) == right
+    count = len(dataset)
+    return {"accuracy": by_sum / count, "accuracy_normalised": by_mean / count}
+
+
+def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
+    """The share of examples of whose completion every token is the most probable."""
+    right = 0
+    with evaluating(model):
+        for x, y in scoring_batches(dataset):
+            best = model(x.to(next(model.parameters()).device)).argmax(dim=-1).cpu()  # (B, T)
+            right += int(((best == y) | (y == IGNORE_INDEX)).all(dim=1).sum())
+    return right / len(dataset)
+
+
+def holds_examples(files: Sequence[Path]) -> bool:
+    """Whether these are files of examples, not texts."""
+    if files[0].suffix.lower() not in RECORD_FORMATS:
+        return False
+    return isinstance(next(read_records(files[0])), Example)
+
+
+def load_examples(files: Sequence[Path]) -> list[Example]:
+    """All examples of these files."""
+    examples = []
+    for path in files:
+        for example in read_records(path) if path.suffix.lower() in RECORD_FORMATS else [""]:
+            if not isinstance(example, Example):
+                raise BadFile(f"{path} holds texts: they cannot be joined with examples")
+            check_blanks(example.prompt + example.completion, path)
+            examples.append(example)
+    return examples
+
+
+def to_measure(data: str, context_length: int) -> Any:
+    """A whole file as a data set to score; a text shorter than the context is one window."""
+    files = find_files(data)
+    if holds_examples(files):
+        return CompletionDataset(load_examples(files), context_length)
+    ids = load_tokens(files)
+    if len(ids) < 2:
+        raise BadFile(f"{data} has one token: there is nothing to predict")
+    return TextDataset(ids, min(context_length, len(ids) - 1))
+
+
+def hold_back_examples(config: dict, examples: list[Example], share: float) -> tuple[Any, Any]:
+    """Data sets to train and to validate on: a share of the examples, drawn by the seed."""
+    order = order_of_epoch(len(examples), mix_seeds(config["seed"], 0))  # files may be sorted
+    examples = [examples[i] for i in order.tolist()]
+    n_val = math.ceil(len(examples) * share)
+    if n_val == len(examples):
+        raise ValueError(f"{config['data']} leaves no example to train on: lower val_fraction")
+    parts = (examples[n_val:], examples[:n_val])
+    train_set, val_set = (CompletionDataset(part, config["context_length"]) for part in parts)
+    return train_set, val_set or None
+
+
+def hold_back_text(config: dict, ids: Tensor, share: float) -> tuple[Any, Any]:
+    """Data sets to train and to validate on: the end of a text."""
+    context = config["context_length"]
+    n_val = min(math.ceil(len(ids) * share), config["max_val_tokens"])
+    n_train = len(ids) - n_val
+    if n_train <= context or n_val == 1:
+        counts = f"{config['data']} has {n_train:,} tokens to train on and {n_val:,} to validate"
+        raise ValueError(
+            f"{counts}: too few for context_length {context}; lower that or val_fraction"
+        )
+    train_set = TextDataset(ids[:n_train], context, config["stride"] or max(1, context // 2))
+    val_set = TextDataset(ids[n_train:], min(context, n_val - 1)) if n_val else None
+    return train_set, val_set
+
+
+def load_data(config: dict) -> tuple[Any, Any]:
+    """The data sets of a config, to train on and to validate on (or None)."""
+    files = find_files(config["data"])
+    share = 0.0 if config["val_data"] else config["val_fraction"]
+    if holds_examples(files):
+        train_set, val_set = hold_back_examples(config, load_examples(files), share)
+    else:
+        train_set, val_set = hold_back_text(config, load_tokens(files), share)
+    if config["val_data"]:
+        val_set = to_measure(config["val_data"], config["context_length"])
+    return train_set, val_set
+
+
+# ---- 9. Runs: checking a config, the machine, the state of a run, whole files, going on ----
+
+AT_LEAST_ONE = (*SIZE_KEYS, "batch_size", "grad_accumulation")
+LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value of a number
+    **dict.fromkeys(CONFIG, (0, 10**9)),
+    **dict.fromkeys(AT_LEAST_ONE, (1, 10**6)),
+    "dropout_rate": (0, 0.99),
+    "val_fraction": (0, 0.99),
+    "epochs": (1e-6, 10**6),
+}
+KIND_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def check_value(key: str, value: Any) -> Any:
+    """The value of a key of CONFIG, as a plain value. ValueError for an impossible one."""
+    kind = type(CONFIG[key])
+    if isinstance(value, Path):
+        value = str(value)
+    if hasattr(value, "item"):  # a number of NumPy
+        value = value.item()
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key} is {value!r:.80}; it must be {KIND_NAMES[kind]}")
+
+    low, high = LIMITS[key]
+    if kind in (int, float) and not low <= value <= high:
+        raise ValueError(f"{key} is {value}; it must be from {low:g} to {high:g}")
+    return value
+
+
+def check_config(config: dict, keys: Sequence[str] = tuple(CONFIG)) -> dict:
+    """These keys of a config. ValueError for one that is missing or impossible."""
     for key in keys:
-        value = config.get(key)
-        kind = type(CONFIG[key])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{key} is {value!r:.80}; it must be of the type {kind.__name__}")
-        low = int(key in (*MODEL_KEYS[:5], "batch_size", "grad_accumulation", "epochs"))
-        high = 0.99 if key in ("dropout_rate", "val_fraction") else 10**6 if low else 10**9
-        if kind in (int, float) and not low <= value <= high:
-            raise ValueError(f"{key} is {value}; it must be from {low} to {high}")
-    if config["emb_dim"] % config["n_heads"]:
-        raise ValueError(f"emb_dim {config['emb_dim']} is not a multiple of n_heads {config['n_heads']}")
-    return {key: config[key] for key in keys}
+        if key not in config:
+            raise ValueError(f"the config has no {key!r}")
+    checked = {key: check_value(key, config[key]) for key in keys}
+    if checked["emb_dim"] % checked["n_heads"]:
+        width, n_heads = checked["emb_dim"], checked["n_heads"]
+        raise ValueError(f"emb_dim {width} is not a multiple of n_heads {n_heads}")
+    return checked
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """ValueError for values that make no sense."""
-    if temperature != 0 and not 1e-4 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0 (greedy) or from 0.0001 on")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"top_k must be 1 or more, top_p above 0 and at most 1: here {top_k}, {top_p}")
 
-def check_config(given: dict) -> dict:
-    """`CONFIG` with what is given. ValueError for an unknown key or a value that cannot be."""
+def check_given(given: dict) -> dict:
+    """What differs from CONFIG, as plain values. ValueError for a key that CONFIG does not have."""
     for key in given.keys() - CONFIG.keys():
-        raise ValueError(f"unknown key {key!r}: see CONFIG")
-    config = check_keys(CONFIG | given, tuple(CONFIG))
-    if config["vocab_size"] < CONFIG["vocab_size"]:
-        raise ValueError(f"vocab_size {config['vocab_size']} is below GPT-2's 50257")
-    return config
+        near = difflib.get_close_matches(key, CONFIG, n=1, cutoff=0)
+        raise ValueError(f"unknown key {key!r}: did you mean {near[0]!r}?")
+    return {key: check_value(key, value) for key, value in given.items()}
+
+
+# The machine: the only place that knows about ranks, DDP and loss scaling.
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SKIPPED_STEPS = 20
+
 
 def pick_device(name: str) -> torch.device:
     """`auto` is an accelerator, if there is one; under torchrun, each process has its own."""
     if name == "auto":
-        name = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.ones(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"no device {name!r} here: try auto, cpu, cuda, mps, xpu") from error
+        raise ValueError(f"no device {name!r} here: try auto, cpu, cuda, mps or xpu") from error
 
-def mixed_precision(name: str, device: torch.device) -> tuple:
-    """(dtype, autocast, scaler). `auto` is half where CUDA or the CPU computes it."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    if name == "auto":
-        can = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        name = "bf16" if can.get("amx_bf16") or can.get("avx512_bf16") else "fp32"
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in types:
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the device multiplies it, fp16 on older CUDA cards, else fp32."""
+    if name not in ("auto", *PRECISIONS):
         raise ValueError(f"precision is {name!r}; it must be auto, fp32, bf16 or fp16")
-    autocast = torch.autocast(device.type, types[name], enabled=name != "fp32")
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and name == "fp16")
-    return types[name], autocast, scaler
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
-def join_processes(device: torch.device) -> tuple[int, int]:
-    """(rank of this process, number of processes), joined if torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def process_rank() -> int:
+    """Which process this is. The first, 0, writes and speaks: the process group decides it."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
 
 def sum_over_processes(value: float | Tensor) -> float:
-    """The sum of this number over all processes."""
+    """The sum of this number over all processes; each waits for all."""
     total = torch.tensor(float(value), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.item()
 
-def find_data(name: str) -> Path:
-    """The data file, or the one of that name beside gpt2.py."""
-    for path in (Path(name), HERE / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{name!r} is no file: give a UTF-8 text, or .jsonl examples")
 
-def sha256_of(name: str) -> str:
-    """What tells one file from another."""
-    with open(find_data(name), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Machine:
+    """On what, in what numbers and by how many processes a run is computed."""
 
-@contextlib.contextmanager
-def reading(source: str | Path) -> Iterator[None]:
-    """Turn what a file's readers raise into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if "cannot be used" in str(error):
-            raise
-        raise ValueError(f"{source} cannot be used: {type(error).__name__}, {error!s:.300}") from error
+    def __init__(self, device: str = "auto", precision: str = "auto"):
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
+            cuda = self.device.type == "cuda"
+            if cuda:
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.rank = process_rank()
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
 
-def write_file(path: Path, write: Callable) -> None:
-    """Let `write` fill a file that then takes the name `path`, which is whole or as before."""
+        # Small gradients are 0 in fp16. The scaler multiplies the loss, so that they are not,
+        # divides the gradients again, and skips a step in which they overflowed.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.skipped = 0  # steps in a row
+
+    def autocast(self) -> torch.autocast:
+        """Inside, products are computed in this machine's precision."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def prepare(self, model: GPT2, compiled: bool) -> nn.Module:
+        """The model as training calls it: compiled, and exchanging its gradients."""
+        network: Any = torch.compile(model) if compiled else model
+        return nn.parallel.DistributedDataParallel(network) if self.world > 1 else network
+
+    def micro_batches(self, network: Any, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """The batches on this device. Gradients are exchanged with the last one only."""
+        for i, (x, y) in enumerate(batches):
+            if self.device.type == "cuda":  # pinned memory travels while the GPU computes
+                x, y = x.pin_memory(), y.pin_memory()
+            later = self.world > 1 and i < len(batches) - 1
+            with network.no_sync() if later else contextlib.nullcontext():
+                yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss. DDP takes the mean over processes; a sum is wanted."""
+        self.scaler.scale(loss * self.world).backward()
+
+    def clip_and_step(
+        self, optimizer: torch.optim.Optimizer, loss: float, grad_clip: float
+    ) -> float:
+        """Clip the gradient, let the optimizer step, and return the gradient's length.
+
+        FloatingPointError where loss or gradient is not finite; with a scaler, which then skips
+        the step and scales less, only after many such steps in a row.
+        """
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
+
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
+            problem = f"the loss became {loss}, the gradient's length {norm}"
+            raise FloatingPointError(f"{problem}: lower learning_rate; a resumed run takes it, too")
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        return norm
+
+    def sum(self, value: float | Tensor) -> float:
+        """The sum of this number over all processes."""
+        return sum_over_processes(value)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that the device can still give; infinity where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError):
+        text = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
+        return int(text.split()[0]) * 1024
+    return math.inf
+
+
+# Whole files.
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Let `write` fill a file that then takes the name `path`: it is whole, or as it was before."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut can keep the name and lose the bytes
+            os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
         os.replace(part, path)
-    except (OSError, RuntimeError, ImportError) as error:  # torch.save: a full disk; no matplotlib
+    except (OSError, RuntimeError) as error:
+        reason = error.__context__ or error  # torch.save hides what the disk said
+        raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', reason)}") from error
+    finally:
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write tensors and plain values, with `config` and `model` (weights by name) among them."""
-    write_file(Path(path), functools.partial(torch.save, checkpoint))
+    write_file(Path(path), functools.partial(torch.save, {"version": VERSION} | checkpoint))
+
 
 def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
-    """What `save_checkpoint` wrote; nothing in it is run. ValueError if it is no checkpoint."""
-    with reading(path), open(path, "rb") as file:
-        if file.read(4) != b"PK\3\4":
-            raise ValueError("it is no checkpoint")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        check_keys(checkpoint["config"])
-        return checkpoint
+    """What `save_checkpoint` wrote; with `mmap`, tensors are read from disk as they are used.
 
-def start_run(given: dict, folder: Path | None, init, resume: bool, overwrite: bool) -> tuple:
-    """(config, model, optimizer, what else a checkpoint keeps): new, from a model, or resumed."""
-    last = folder / "last.pt" if folder else None
-    if last and last.exists() and not (resume or overwrite):
-        raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
-    old = {}
-    if resume and (overwrite or init is not None):
-        raise ValueError("resume excludes init and overwrite")
-    if resume:
-        checkpoint = load_checkpoint(last, mmap=False)  # for the file will be replaced
-        old = checkpoint["config"]
-    elif init is not None:
-        source = init if isinstance(init, GPT2) else GPT2.from_pretrained(init)
-        old = {key: source.config[key] for key in MODEL_KEYS if key != "dropout_rate"}
-    config = check_config(old | given)
-    for key in old.keys() - (RESUME_MAY_CHANGE if resume else {"context_length"}):
-        if config[key] != old[key]:
-            raise ValueError(f"{key} must stay {old[key]!r}: leave it out, or start anew with init")
-    torch.manual_seed(config["seed"])
-    model = GPT2(config)
-    if init is not None:
-        weights = source.state_dict()
-        weights["position_embedding.weight"] = weights["position_embedding.weight"][: config["context_length"]]
-        with reading(f"a model for context_length {config['context_length']}"):
-            model.load_state_dict(weights)
-    device = pick_device(config["device"])
-    optimizer = make_optimizer(model.to(device), config)
-    run = {"config": config, "step": 0, "tokens_seen": 0, "best_val_loss": math.inf, "metrics": [], "scaler": {}}
-    run["windows_per_step"] = config["batch_size"] * config["grad_accumulation"] * join_processes(device)[1]
-    run["data_sha256"] = sha256_of(config["data"])
-    if resume:
-        with reading(last):
-            for key in ("data_sha256", "windows_per_step"):
-                if checkpoint[key] != run[key]:
-                    raise ValueError(f"{key} was {checkpoint[key]}, now {run[key]}: data or batch_size?")
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter, moments in optimizer.state.items():  # AdamW would write past a small one
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if (moments[key].shape, moments[key].stride()) != (parameter.shape, parameter.stride()):
-                        raise ValueError("AdamW's moments and the parameters differ in shape")
-            run |= {key: checkpoint[key] for key in ("step", "tokens_seen", "best_val_loss", "metrics", "scaler")}
-    keep_freed_memory()
-    return config, model, optimizer, run
+    Nothing in the file is run. BadFile if it is no checkpoint.
+    """
+    checkpoint = load_pickled(Path(path), mmap)
+    if isinstance(checkpoint, dict):
+        parts = (checkpoint.get("config"), checkpoint.get("model"))
+        if all(isinstance(part, dict) for part in parts):
+            return checkpoint
+    raise BadFile(f"{path} is not a checkpoint: weights without a config, or no weights")
 
-def save_run(folder: Path | None, run: dict, model: GPT2, optimizer, scaler, plot: bool = False) -> bool:
-    """Write what a run leaves, best.pt after the lowest measurement. False if that fails."""
-    if folder is None or int(os.environ.get("RANK") or 0) > 0:
-        return True
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    lines = "".join(json.dumps(row) + "\n" for row in run["metrics"]).encode()
-    val_loss = run["metrics"][-1].get("val_loss", math.inf)
+
+def load_pickled(path: Path, mmap: bool = True) -> Any:
+    """What `torch.save` wrote: tensors and plain values, nothing that runs. BadFile if damaged."""
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise BadFile(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if val_loss < run["best_val_loss"]:
-            save_checkpoint(folder / "best.pt", run | {"metrics": [], "model": state["model"]})
-            run["best_val_loss"] = val_loss
-        elif run["best_val_loss"] == math.inf:  # best.pt is of a run that this one replaces
-            (folder / "best.pt").unlink(missing_ok=True)
-        write_file(folder / "metrics.jsonl", lambda file: file.write(lines))
-        save_checkpoint(folder / "last.pt", run | state)
-        if plot:
-            write_file(folder / "loss.png", functools.partial(plot_losses, run["metrics"]))
-    except OSError as error:
-        log.warning("step %s was not saved: %s", run["step"], error)
-        return False
-    return True
+        mmap = mmap and head.startswith(b"PK")  # not the format of torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise BadFile(f"{path} is not a file of weights, or it is damaged") from error
 
-def plot_losses(metrics: list[dict], file) -> None:
-    """Draw the losses as PNG into an open file."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 4), dpi=100, layout="constrained").subplots()
-    axes.plot(*zip(*((row["step"], row["train_loss"]) for row in metrics)), "#0072B2", label="training")
-    if measured := [(row["step"], row["val_loss"]) for row in metrics if "val_loss" in row]:
+
+# The state of a run, in memory and in its folder.
+
+SECONDS_BETWEEN_SAVES = 600
+RESUME_MAY_CHANGE = (
+    *("data", "val_data", "batch_size", "grad_accumulation", "max_steps", "eval_every"),
+    *("checkpoint_every", "patience", "sample_prompt", "device", "compile"),
+)
+RESUME_SAYS_CHANGE = (  # from there on, it is another run than the one that was begun
+    *("epochs", "schedule_steps", "learning_rate", "min_learning_rate", "warmup_steps"),
+)
+INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}  # forgets little
+STATE: dict[str, type[int] | type[float]] = {
+    "step": int,
+    "tokens_seen": int,
+    "best_step": int,
+    "best_val_loss": float,
+    "stale": int,
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as `train` sees it. Its folder always holds a state from which it can go on."""
+
+    config: dict
+    folder: Path | None
+    metrics: IO[bytes] | None  # metrics.jsonl, open and locked, in the first process
+    machine: Machine
+    model: GPT2
+    network: nn.Module  # the model as the machine calls it
+    optimizer: torch.optim.Optimizer
+    train_set: Any
+    val_set: Any
+    data_sha256: str
+
+    step: int = 0
+    tokens_seen: int = 0
+    best_step: int = 0
+    best_val_loss: float = math.inf  # the lowest, after best_step
+    stale: int = 0  # measurements since then
+    saved_step: int = -1  # of last.pt, or of the last attempt
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    step_began: float = 0.0
+    failed: bool = False  # the last attempt
+
+    def __post_init__(self) -> None:
+        config, world = self.config, self.machine.world
+        self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
+        self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
+        of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
+        self.total_steps = config["schedule_steps"] or of_epochs
+        self.last_step = min(self.total_steps, config["max_steps"] or self.total_steps)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps to come, until the last, or until patience ends."""
+        while self.step < self.last_step:
+            if 0 < self.config["patience"] <= self.stale:
+                log.info(f"stopped   {self.stale} measurements brought no lower validation loss")
+                return
+            self.step_began = time.perf_counter()
+            yield self.step + 1
+
+    def is_due(self, key: str) -> bool:
+        """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
+        often = self.config[key] or min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
+        late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
+        on_time = self.step % often == 0 or self.step == self.total_steps
+        return on_time or (late and key == "checkpoint_every")
+
+    def count_step(
+        self, batches: Sequence[Batch], loss: float, learning_rate: float, norm: float
+    ) -> dict:
+        """Count a step that was taken, and return its row for metrics.jsonl."""
+        seconds = time.perf_counter() - self.step_began
+        tokens = self.machine.sum(sum(x.numel() for x, _ in batches))
+        targets = self.machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
+        self.step += 1
+        self.tokens_seen += int(targets)
+        return {
+            "step": self.step,
+            "epoch": math.ceil(self.step / self.steps_per_epoch),
+            "tokens_seen": self.tokens_seen,
+            "train_loss": loss if math.isfinite(loss) else None,  # fp16 skipped the step
+            "learning_rate": learning_rate,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+
+    def record(self, row: dict) -> None:
+        """Append a row to metrics.jsonl, and remember how the validation loss goes."""
+        if row.get("val_loss", math.inf) < self.best_val_loss:
+            self.best_val_loss, self.best_step, self.stale = row["val_loss"], self.step, 0
+        elif "val_loss" in row:
+            self.stale += 1
+        if self.metrics:
+            try:
+                self.metrics.write(json.dumps(row).encode() + b"\n")
+                self.metrics.flush()
+            except OSError as error:
+                log.warning(f"step {self.step} is not in metrics.jsonl: {error.strerror}")
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """This process's share of the validation set; about 4,000 tokens fill an accelerator."""
+        tokens = 1024 if self.machine.device.type == "cpu" else 4096
+        batches = scoring_batches(self.val_set, tokens=tokens)
+        return itertools.islice(batches, self.machine.rank, None, self.machine.world)
+
+    def sample(self) -> str:
+        """What the model writes now, greedily. The first process alone draws it."""
+        if self.machine.rank > 0:
+            return ""
+        tokenizer = load_tokenizer()
+        prompt = tokenizer.encode(self.config["sample_prompt"]) or self.train_set.sample_prompt()
+        ids = torch.tensor([prompt or [tokenizer.eot_token]])  # (1, T)
+        ids = generate(self.model, ids, 40, eos_id=tokenizer.eot_token)
+        return token_ids_to_text(ids, tokenizer).rstrip("\ufffd")  # which is half a character
+
+    def measure_start(self) -> None:
+        """Measure the model that a run begins with: best.pt is never worse than it."""
+        with self.machine.autocast():
+            self.best_val_loss = evaluate(self.model, self.validation_batches(), self.machine)
+        log.info(f"start     validation {self.best_val_loss:.3f}, before the first step")
+        if self.folder and self.metrics:
+            save_checkpoint(self.folder / "best.pt", self.checkpoint())
+
+    def checkpoint(self) -> dict:
+        """The weights, and what is known of them."""
+        return {key: getattr(self, key) for key in (*STATE, "items_per_step", "data_sha256")} | {
+            "config": self.config,
+            "labels": self.train_set.labels(),
+            "model": self.model.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write last.pt, and best.pt after the lowest measurement. A failure is a warning."""
+        self.failed, self.saved_step, self.saved_at = False, self.step, time.monotonic()
+        if not (self.folder and self.metrics):
+            return
+        try:
+            checkpoint = self.checkpoint()
+            if self.best_val_loss < math.inf and self.best_step == self.step:
+                save_checkpoint(self.folder / "best.pt", checkpoint)
+            if self.best_val_loss == math.inf:  # best.pt is of a run that this one replaces
+                (self.folder / "best.pt").unlink(missing_ok=True)
+
+            os.fsync(self.metrics.fileno())  # last.pt is not to be ahead of its rows
+            checkpoint["optimizer"] = self.optimizer.state_dict()
+            checkpoint["scaler"] = self.machine.scaler.state_dict()
+            save_checkpoint(self.folder / "last.pt", checkpoint)
+        except OSError as error:
+            self.failed = True
+            log.warning(f"step {self.step} was not saved: {error}")
+
+    def finish(self) -> None:
+        """Save what is not saved yet, and draw the losses. OSError if the last save failed."""
+        if self.saved_step != self.step:
+            self.save()
+        if self.folder and self.metrics:
+            try:
+                draw = functools.partial(plot_losses, self.folder / "metrics.jsonl")
+                write_file(self.folder / "loss.png", draw)
+            except (ImportError, OSError, ValueError) as error:
+                log.warning(f"loss.png was not drawn: {error}")
+        self.machine.sum(0)  # no process leaves before the first has saved
+        if self.failed:
+            raise OSError(f"step {self.step}, the last, is not saved in {self.folder}")
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        try:
+            if kind in (None, GeneratorExit) and self.step > 0:
+                self.finish()
+        finally:
+            if self.metrics:
+                self.metrics.close()
+
+
+def plot_losses(metrics: Path, file: IO[bytes]) -> None:
+    """Draw the losses of metrics.jsonl as PNG into an open file."""
+    from matplotlib.figure import Figure  # here, for it takes a second to import
+
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").split("\n") if line]
+    trained = [(row["step"], row["train_loss"]) for row in rows]
+    measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trained, strict=True), color="#0072B2", label="training")
+    if measured:
         step, lowest = min(measured, key=lambda point: point[1])
-        axes.plot(*zip(*measured), "o--", color="#D55E00", markersize=4, label="validation")
+        axes.plot(*zip(*measured, strict=True), "o--", color="#D55E00", ms=4, label="validation")
         axes.plot(step, lowest, "kv", label=f"lowest validation: {lowest:.2f}")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend(loc="center right")
-    axes.figure.savefig(file, format="png")
+    figure.savefig(file, format="png")
 
-# ---- 10. Pretrained: the same model under other names, in the layout of Hugging Face ----
-OPENAI = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True}
-OPENAI_SIZES = {  # GPT-2 paper, table 2
-    "gpt2": OPENAI | {"n_layers": 12, "n_heads": 12, "emb_dim": 768},
-    "gpt2-medium": OPENAI | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024},
-    "gpt2-large": OPENAI | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280},
-    "gpt2-xl": OPENAI | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600},
+
+# Starting and resuming.
+
+
+def lock(file: IO[bytes]) -> None:
+    """Hold an open file for this process; the lock ends with the process, however that ends.
+
+    BlockingIOError or PermissionError if another process holds it.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(2**30)  # a byte that nobody reads
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
+    """Make the folder of a run, and return its metrics.jsonl, open to append, and locked.
+
+    ValueError or OSError if the folder cannot be used: before the first step, not at the last.
+    """
+    if (folder / "last.pt").exists() and not (resume or overwrite):
+        raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115, the run closes it
+    except OSError as error:
+        raise OSError(
+            f"cannot write into {folder}: {error.strerror}; give another --out"
+        ) from error
+    try:
+        lock(metrics)
+    except (BlockingIOError, PermissionError) as error:
+        metrics.close()
+        raise ValueError(f"another process trains in {folder}: give another --out") from error
+    return metrics
+
+
+def cut_metrics(metrics: IO[bytes], step: int) -> None:
+    """Take away the rows after this step, and half a row: a resumed run writes them again."""
+    end = last = 0
+    metrics.seek(0)
+    while (line := metrics.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
+        end, last = metrics.tell(), json.loads(line)["step"]
+    metrics.truncate(end)
+    if last != step:
+        log.warning(f"metrics.jsonl holds the steps to {last} only; the run goes on after {step}")
+
+
+def resumed_config(old: dict, given: dict) -> dict:
+    """The config of a run that goes on. ValueError for a change that makes another run."""
+    old = check_config(CONFIG | old)
+    changes = {key: value for key, value in given.items() if value != old[key]}
+    if changes.get("precision") == "auto":
+        del changes["precision"]
+    for key in changes.keys() - set(RESUME_MAY_CHANGE):
+        if key not in RESUME_SAYS_CHANGE:
+            advice = "leave it out, or begin a new run with --init and another --out"
+            raise ValueError(f"{key} must stay {old[key]!r} in a resumed run: {advice}")
+        log.info(f"resume    {key} is {changes[key]:g} from here on, and was {old[key]:g}")
+    return check_config(old | changes)
+
+
+def new_config(given: dict, source: GPT2 | None) -> dict:
+    """The config of a new run, from a model or from nothing."""
+    config = CONFIG | given
+    if source is not None:
+        fixed = {key: source.config[key] for key in MODEL_KEYS if key != "dropout_rate"}
+        config = CONFIG | INIT_RECIPE | fixed | given
+        longest = fixed.pop("context_length")
+        if config["context_length"] > longest:
+            raise ValueError(f"context_length of the init model is {longest}: give no more")
+        for key in fixed:
+            if config[key] != fixed[key]:
+                raise ValueError(f"{key} of the init model is {fixed[key]}: leave {key} out")
+    if config["vocab_size"] < CONFIG["vocab_size"]:
+        raise ValueError(f"vocab_size {config['vocab_size']} is below the 50257 tokens of GPT-2")
+    return check_config(config)
+
+
+def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> None:
+    """Say what is coming before it takes time and memory; warn where memory is short."""
+    held_back = val_set.size() if val_set else "nothing"
+    log.info(f"data      {config['data']}: train on {train_set.size()}, validate on {held_back}")
+    with shapes_only():
+        count = GPT2(config).num_parameters()
+    log.info(f"model     {count:,} parameters, on {machine.device} in {machine.precision}")
+    needed, free = 16 * count, free_memory(machine.device)
+    log.info(f"memory    {needed / 1e9:.1f} GB for weights, gradients and AdamW's two moments")
+    if needed > free:
+        advice = "choose a smaller --model_size or --emb_dim"
+        log.warning(f"memory    only {free / 1e9:.1f} GB are free: {advice}")
+
+
+def load_run(path: Path) -> dict:
+    """The last.pt of a run that is to go on. BadFile where it does not hold together."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run to resume in {path.parent}: leave --resume out")
+    checkpoint = load_checkpoint(path, mmap=False)  # for the file will be replaced
+    if "version" not in checkpoint:
+        advice = f"go on with --init {path} and another --out"
+        raise BadFile(f"{path} is of an earlier version, which cut its data differently: {advice}")
+    for key, kind in STATE.items():
+        value = checkpoint.get(key)
+        if not isinstance(value, kind) or value < 0:
+            raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
+    if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
+        raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
+    return checkpoint
+
+
+def start_model(config: dict, source: GPT2 | None, checkpoint: dict) -> GPT2:
+    """A new model, a copy of `source`, or that of a checkpoint."""
+    torch.manual_seed(config["seed"])
+    if checkpoint:
+        try:
+            return build_model(config, checkpoint["model"])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise BadFile(f"the model of last.pt is damaged: {error}") from error
+    if source is None:
+        return GPT2(config)
+    if frozen := [name for name, weight in source.named_parameters() if not weight.requires_grad]:
+        raise ValueError(f"{frozen[0]} of the init model is frozen; a run trains all parameters")
+    weights = source.state_dict()
+    positions = weights["position_embedding.weight"][: config["context_length"]]
+    return build_model(config, weights | {"position_embedding.weight": positions})
+
+
+def go_on(run: Run, checkpoint: dict) -> None:
+    """Bring a run to the state of its checkpoint. ValueError where the two do not fit."""
+    last = f"{run.folder}/last.pt"
+    if run.machine.rank == 0 and checkpoint["data_sha256"] != run.data_sha256:
+        advice = f"give that, or begin a new run with --init {last} and another --out"
+        raise ValueError(f"{run.config['data']} is not what this run was trained on: {advice}")
+    if checkpoint["items_per_step"] != run.items_per_step:
+        rule = (
+            f"batch_size × grad_accumulation × processes must stay {checkpoint['items_per_step']}"
+        )
+        raise ValueError(f"{rule} in a resumed run, and would be {run.items_per_step}")
+    for key in STATE:
+        setattr(run, key, checkpoint[key])
+    if run.step >= run.last_step:
+        advice = f"--max_steps 0 goes on to the end, step {run.total_steps}"
+        if run.step >= run.total_steps:
+            epochs = 2 * math.ceil(run.step / run.steps_per_epoch)
+            advice = f"a longer run, with the schedule of that, is --epochs {epochs}"
+        raise ValueError(f"the run in {run.folder} is finished, at step {run.step}: {advice}")
+
+    try:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.machine.scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise BadFile(f"{last} is damaged: its optimizer does not fit its model") from error
+    for parameter, state in run.optimizer.state.items():
+        for name, value in state.items():  # a fused step would write past a moment that is smaller
+            fits = (value.shape, value.stride()) == (parameter.shape, parameter.stride())
+            if value.dim() > 0 and not fits:
+                raise BadFile(f"{last} is damaged: {name} differs in shape from its parameter")
+
+    if run.metrics:
+        cut_metrics(run.metrics, run.step)
+    run.saved_step = run.step
+    log.info(f"resume    after step {run.step} of {run.last_step}")
+
+
+def start_run(
+    given: dict,
+    out: str | Path | None,
+    init: GPT2 | str | Path | None,
+    resume: bool,
+    overwrite: bool,
+) -> Run:
+    """A run that is new, begins with a model, or goes on. What is wrong is found before a step,
+    and what costs nothing is checked first."""
+    if resume and (out is None or overwrite or init is not None):
+        raise ValueError("resume needs the folder of a run, and excludes init and overwrite")
+    folder = Path(out) if out is not None else None
+    given = check_given(given)
+    checkpoint = load_run(folder / "last.pt") if resume and folder else {}
+    config = resumed_config(checkpoint["config"], given) if resume else CONFIG | given
+    files = find_files(config["data"])
+    machine = Machine(config["device"], config["precision"])
+
+    with (
+        contextlib.ExitStack() as stack
+    ):  # if anything fails from here on, the folder is free again
+        metrics = None
+        if folder and machine.rank == 0:
+            metrics = stack.enter_context(open_folder(folder, resume, overwrite))
+        source = GPT2.from_pretrained(init) if isinstance(init, (str, Path)) else init
+        if not resume:
+            config = new_config(given, source)
+        config["precision"] = machine.precision  # what `auto` came to
+
+        train_set, val_set = load_data(config)
+        announce(config, machine, train_set, val_set)
+        model = start_model(config, source, checkpoint).to(machine.device)
+        network = machine.prepare(model, config["compile"])
+        optimizer = make_optimizer(model, config)
+        digest = fingerprint(files) if machine.rank == 0 else ""
+        parts = (machine, model, network, optimizer, train_set, val_set)
+        run = Run(config, folder, metrics, *parts, digest)
+
+        if resume:
+            go_on(run, checkpoint)
+        elif metrics:
+            metrics.truncate(0)
+        if source is not None and run.val_set is not None:
+            run.measure_start()
+        stack.pop_all()
+        return run
+
+
+# ---- 10. Pretrained: the same model under other names, in other people's files ----
+
+OPENAI = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "dropout_rate": 0.1}
+OPENAI_SIZES = {  # GPT-2 paper, table 2; the rates are GPT-3's for models of such sizes, table 2.1
+    "gpt2": OPENAI | {"n_layers": 12, "n_heads": 12, "emb_dim": 768, "learning_rate": 6e-4},
+    "gpt2-medium": OPENAI | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024, "learning_rate": 3e-4},
+    "gpt2-large": OPENAI
+    | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280, "learning_rate": 2.5e-4},
+    "gpt2-xl": OPENAI | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600, "learning_rate": 2e-4},
 }
 
-HUGGING_FACE_NAMES = {  # parts of names: ours, theirs
-    "token_embedding": "wte", "position_embedding": "wpe", "blocks.": "h.", "final_norm": "ln_f",
-    "norm1": "ln_1", "attention.query_key_value": "attn.c_attn", "attention.projection": "attn.c_proj",
-    "norm2": "ln_2", "feed_forward.expand": "mlp.c_fc", "feed_forward.projection": "mlp.c_proj"}
-TRANSPOSED = re.compile(r"\.c_(attn|proj|fc)\.weight$")  # stored input x output
-CONFIG_NAMES = {"vocab_size": "vocab_size", "context_length": "n_positions", "emb_dim": "n_embd",
-                "n_heads": "n_head", "n_layers": "n_layer", "dropout_rate": "resid_pdrop"}
-HUGGING_FACE_CONFIG = {  # what a config.json must say or leave out
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                     "BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8}
+CONFIG_NAMES = {  # ours -> Hugging Face's
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "dropout_rate": "resid_pdrop",
+}
+FIXED_CONFIG: dict[str, tuple] = {  # what a config.json may say; the first where it says nothing
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
+BLOCK_NAMES = {  # of each block: ours -> theirs
+    "norm1": "ln_1",
+    "attention.query_key_value": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "norm2": "ln_2",
+    "feed_forward.expand": "mlp.c_fc",
+    "feed_forward.projection": "mlp.c_proj",
+}
+TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")  # theirs that are stored input × output
 
-def load_pretrained(name_or_path: str | Path) -> GPT2:
-    """A model in float32, on the CPU, in eval mode. A path wins over OpenAI's name."""
-    path = Path(name_or_path)
-    tensors = {}
-    if not path.exists() and str(path) not in OPENAI_SIZES:
-        raise FileNotFoundError(f"no model {str(path)!r}: train one, or give {', '.join(OPENAI_SIZES)}")
-    with reading(path):
-        if path.is_file():
-            checkpoint = load_checkpoint(path)
-            config = checkpoint["config"]
-            tensors = checkpoint["model"]
-        elif path.is_dir():
-            given = {"resid_pdrop": 0.1} | json.loads((path / "config.json").read_text("utf-8"))
-            for key, needed in HUGGING_FACE_CONFIG.items():
-                if given.get(key, needed) != needed:
-                    raise ValueError(f"{key} is {given[key]!r}; only {needed!r} is supported")
-            config = {ours: given[theirs] for ours, theirs in CONFIG_NAMES.items()} | {"qkv_bias": True}
-            for file in sorted(path.glob("model*.safetensors")):
-                tensors |= read_safetensors(file)
-            tensors = tensors or torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        else:
-            config = OPENAI_SIZES[str(path)] | {"dropout_rate": 0.1}
-            host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-            url = f"{host}/openai-community/{path}/resolve/main/pytorch_model.bin"
-            with reading(f"{url} or {path}.bin in {torch.hub.get_dir()}"), contextlib.redirect_stdout(sys.stderr):
-                tensors = torch.hub.load_state_dict_from_url(url, file_name=f"{path}.bin", weights_only=True)
-        weights = {}
-        for name, tensor in tensors.items():
-            name = name.removeprefix("transformer.")
-            if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the causal mask
-                continue
-            tensor = tensor.t() if TRANSPOSED.search(name) else tensor
-            for ours, theirs in HUGGING_FACE_NAMES.items():
-                name = name.replace(theirs, ours)
-            weights[name] = torch.empty(tensor.shape).copy_(tensor.detach())
-        head = weights.pop("lm_head.weight", None)
-        if head is not None and not torch.equal(head, weights["token_embedding.weight"]):
-            raise ValueError("lm_head.weight is not wte.weight; that is not supported")
-        with torch.device("meta"):  # shapes without numbers
-            model = GPT2(config)
-        model.load_state_dict(weights, assign=True)
-        return model.eval()
+
+def hugging_face_names(n_layers: int) -> dict[str, str]:
+    """Our names of all tensors -> theirs."""
+    names = {"token_embedding.weight": "wte.weight", "position_embedding.weight": "wpe.weight"}
+    parts = [
+        (f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}")
+        for layer in range(n_layers)
+        for ours, theirs in BLOCK_NAMES.items()
+    ]
+    for ours, theirs in [*parts, ("final_norm", "ln_f")]:
+        names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+    return names
+
+
+class WithoutFirstValues(TorchFunctionMode):
+    """Inside, nothing is drawn for new modules: their values are about to come from a file."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, modules have shapes, and neither memory nor values."""
+    with torch.device("meta"), WithoutFirstValues():
+        yield
+
+
+def build_model(config: dict, weights: dict[str, Tensor]) -> GPT2:
+    """A model with these weights, under our names, copied to float32 in memory of its own.
+
+    ValueError, before anything is built, unless names and shapes are those of the config.
+    """
+    config = check_config(config, MODEL_KEYS)
+    if config["n_layers"] > len(weights):
+        raise ValueError(f"n_layers is {config['n_layers']}, but there are {len(weights)} tensors")
+    with shapes_only():
+        model = GPT2(config)
+    expected = dict(model.named_parameters())
+    weights = {name: tensor for name, tensor in weights.items() if name != "head.weight"}
+    if odd := sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'unknown'}")
+
+    copies = {}
+    for name, tensor in weights.items():
+        wanted = list(expected[name].shape)
+        if list(tensor.shape) != wanted:
+            raise ValueError(f"{name} is {list(tensor.shape)}, by the config it is {wanted}")
+        copies[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
+    model.load_state_dict(copies, strict=False, assign=True)
+    model.head.weight = model.token_embedding.weight
+    return model
+
+
+def with_zero_biases(weights: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
+    """Weights under our names in which a bias that is missing is zero."""
+    for name in hugging_face_names(n_layers):
+        weight = weights.get(name.removesuffix("bias") + "weight")
+        if weight is not None and name not in weights:
+            weights[name] = torch.zeros(len(weight))
+    return weights
+
+
+def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) -> GPT2:
+    """A model of somebody else's tensors. ValueError if they are of another kind of model.
+
+    `transposed` says whether matrices are stored input × output, as in Hugging Face's files.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"^((_orig_mod|_?module|model|transformer)\.)+", "", name)
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the causal mask
+            continue
+        if name.startswith(("score.", "classifier.", "multiple_choice_head.")):
+            size = f"{name.split('.')[0]} head of {len(tensor)} labels"
+            raise ValueError(f"a {size}: not a language model")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is quantised ({tensor.dtype}): give floating-point weights")
+        found[name] = tensor
+
+    # A tied file may hold only one of these; an untied one has a head of its own.
+    head = found.pop("lm_head.weight", found.get("wte.weight"))
+    if head is not None and not torch.equal(head, found.setdefault("wte.weight", head)):
+        raise ValueError("lm_head.weight is not wte.weight: an untied head is not supported")
+
+    n_layers = min(config["n_layers"], len(found))  # build_model refuses a config that says more
+    names = {theirs: ours for ours, theirs in hugging_face_names(n_layers).items()}
+    weights = {
+        names.get(name, name): tensor.t() if transposed and TRANSPOSED.match(name) else tensor
+        for name, tensor in found.items()
+    }
+    return build_model(config, weights if transposed else with_zero_biases(weights, n_layers))
+
+
+# Reading files and folders.
+
+SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFETENSORS_TYPES |= {"BOOL": "bool", "U8": "uint8", "I8": "int8"}  # masks, quantised weights
+
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors: 8 bytes header length, header {name: {dtype, shape, data_offsets}}, data."""
-    with reading(path), open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read when it is used
-        begin = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:begin])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            raw = torch.frombuffer(data, dtype=torch.uint8, count=end - start, offset=begin + start)
-            tensors[name] = raw.view(SAFETENSORS_TYPES[entry["dtype"]]).view(entry["shape"])
-        return tensors
+    """The tensors of a file: 8 bytes length of the header, header, data. BadFile if damaged.
+
+    The header is JSON: {name: {dtype, shape, data_offsets}}.
+    """
+    with open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        if begin == 8 + int.from_bytes(b"version ", "little"):
+            raise BadFile(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
+        try:
+            header = json.loads(file.read(min(begin - 8, 10**8)))
+            header.pop("__metadata__", None)
+            size = path.stat().st_size
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            tensors = {}
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                raw = data[begin + start : begin + end].clone()  # aligned, as it need not be there
+                dtype = getattr(torch, SAFETENSORS_TYPES[entry["dtype"]])
+                tensors[name] = raw.view(dtype).view(entry["shape"])
+            return tensors
+        except (ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
+            raise BadFile(f"{path} is damaged, or not complete: {error!s:.80}") from error
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
+    """Write float32 tensors as `read_safetensors` reads them."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().numpy().tobytes())
+
+
+def read_json_file(path: Path) -> dict:
+    """A JSON object that belongs to a model. BadFile if it is none."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(path.read_text("utf-8")), dict):
+            return value
+    raise BadFile(f"{path} is not a JSON object")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder's weights: one, or several shards. BadFile if one is missing."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        found = sorted(folder.glob(pattern))
+        shards = {file.name for file in found}
+        for index in folder.glob(f"{pattern.replace('*', '')}.index.json"):
+            shards = set(read_json_file(index).get("weight_map", {}).values())
+        if missing := sorted(shards - {file.name for file in found}):
+            raise BadFile(f"{folder} lacks {missing[0]}, one of its files of weights")
+        if found:
+            return [file for file in found if file.name in shards]
+    tensorflow = any("tf_model" in file.name or ".ckpt" in file.name for file in folder.iterdir())
+    kind = "weights of TensorFlow only" if tensorflow else "no model.safetensors"
+    raise BadFile(f"{folder} holds {kind}: give a folder that `transformers` saved with PyTorch")
+
+
+def check_vocabulary(folder: Path) -> None:
+    """BadFile if the folder has a tokenizer of its own: its tokens mean other words than ours."""
+    if (folder / "vocab.json").exists():
+        vocabulary = read_json_file(folder / "vocab.json")
+    elif (folder / "tokenizer.json").exists():
+        vocabulary = read_json_file(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    else:
+        return
+    if vocabulary != json.loads(openai_file("encoder.json")):
+        raise BadFile(f"{folder} has a tokenizer of its own: only GPT-2's is supported")
+
+
+def load_folder(folder: Path) -> GPT2:
+    """The model of a folder in Hugging Face format."""
+    if not (folder / "config.json").exists():
+        adapter = (folder / "adapter_config.json").exists()
+        kind = "an adapter: merge it into its model" if adapter else "not a model: no config.json"
+        raise BadFile(f"{folder} is {kind}")
+    given = {"resid_pdrop": 0.1} | read_json_file(folder / "config.json")
+    given.setdefault("n_positions", given.get("n_ctx"))
+    for key, allowed in FIXED_CONFIG.items():
+        if given.get(key, allowed[0]) not in allowed:
+            raise BadFile(f"{folder}: {key} is {given[key]!r}; only {allowed[0]!r} is supported")
+    check_vocabulary(folder)
+
+    config = {ours: given.get(theirs) for ours, theirs in CONFIG_NAMES.items()} | {"qkv_bias": True}
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        read = read_safetensors if file.suffix == ".safetensors" else load_pickled
+        tensors |= read(file)
+    return understand_tensors(tensors, check_config(config, MODEL_KEYS), transposed=True)
+
+
+def load_file(path: Path) -> GPT2:
+    """The model of a checkpoint: one of ours, or nanoGPT's ckpt.pt."""
+    checkpoint = load_pickled(path)
+    if isinstance(checkpoint, dict) and "model_args" in checkpoint:
+        names = CONFIG_NAMES | {"context_length": "block_size", "dropout_rate": "dropout"}
+        args = checkpoint["model_args"]
+        config = {ours: args.get(theirs) for ours, theirs in names.items()} | {"qkv_bias": True}
+        config = check_config(config, MODEL_KEYS)
+        return understand_tensors(checkpoint["model"], config, transposed=False)
+    checkpoint = load_checkpoint(path)
+    return build_model(checkpoint["config"], checkpoint["model"])
+
+
+def download(name: str) -> GPT2:
+    """One of OpenAI's models, downloaded once into the cache of torch.hub."""
+    host = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{host}/openai-community/{name}/resolve/main/model.safetensors"
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log.info(f"download  {url}")
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise OSError(f"cannot download {url} ({error}): put that file at {path}") from error
+    return understand_tensors(read_safetensors(path), OPENAI_SIZES[name], transposed=True)
+
+
+def find_model(name_or_path: str | Path) -> Path | None:
+    """The file or folder of a model; None for a name of OpenAI's. A path wins over a name.
+
+    Of a run's folder it is best.pt, else last.pt.
+    """
+    path = Path(name_or_path)
+    for found in (path / "best.pt", path / "last.pt"):
+        if found.exists():
+            return found
+    named = str(path) in OPENAI_SIZES
+    if named and path.is_dir() and not (path / "config.json").exists():
+        raise BadFile(f"a folder {path} that is no model hides OpenAI's {path}: rename it")
+    if path.exists():
+        return path
+    if not named:
+        names = ", ".join(OPENAI_SIZES)
+        raise FileNotFoundError(
+            f"there is no model {str(path)!r}: train one, or give one of {names}"
+        )
+    return None
+
+
+def load_pretrained(name_or_path: str | Path) -> GPT2:
+    """A model in float32, on the CPU, in eval mode. BadFile or OSError where that fails."""
+    path = find_model(name_or_path)
+    try:
+        if path is None:
+            return download(str(name_or_path)).eval()
+        return (load_folder(path) if path.is_dir() else load_file(path)).eval()
+    except BadFile:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:  # of a config, of tensors
+        raise BadFile(f"{path or name_or_path}: {error}") from error
+
+
+# Writing a folder.
+
+
+def openai_file(name: str) -> bytes:
+    """One of the files of OpenAI's vocabulary: encoder.json, vocab.bpe."""
+    load_tokenizer()  # which says where they are, and compares them with their hashes
+    url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+    return read_file_cached(url)
+
+
+def folder_files(config: dict) -> dict[str, dict]:
+    """What the JSON files of a folder say of a model and its tokens."""
+    said = {theirs: config[ours] for ours, theirs in CONFIG_NAMES.items()}
+    said |= {key: values[0] for key, values in FIXED_CONFIG.items()}
+    said |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": config["context_length"]}
+    said |= dict.fromkeys(("attn_pdrop", "embd_pdrop"), config["dropout_rate"])
+    if config["vocab_size"] != load_tokenizer().n_vocab:
+        return {"config.json": said}
+
+    # Without these, text goes on after its end, and llama.cpp ends it at every comma.
+    end = load_tokenizer().eot_token
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    tokens |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
+    return {
+        "config.json": said | ends,
+        "generation_config.json": ends,
+        "tokenizer_config.json": tokens,
+    }
+
 
 def save_hugging_face(model: GPT2, folder: Path) -> None:
-    """Write what `transformers` takes for a GPT-2."""
-    from tiktoken.load import read_file_cached
-    ours = model.config
-    config = {theirs: ours[key] for key, theirs in CONFIG_NAMES.items()} | HUGGING_FACE_CONFIG
-    config |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": ours["context_length"]}
-    config |= {"attn_pdrop": ours["dropout_rate"], "embd_pdrop": ours["dropout_rate"]}
-    # Theirs always has these biases.
-    weights = {f"h.{i}.attn.c_attn.bias": torch.zeros(3 * ours["emb_dim"]) for i in range(ours["n_layers"])}
-    for name, tensor in model.state_dict().items():
-        for our_part, their_part in HUGGING_FACE_NAMES.items():
-            name = name.replace(our_part, their_part)
-        weights[name] = (tensor.t() if TRANSPOSED.search(name) else tensor).float().cpu()
-    load_tokenizer()  # compares OpenAI's files with their hashes
-    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    contents = {"merges.txt": read_file_cached(url + "vocab.bpe")}
-    contents["vocab.json"] = read_file_cached(url + "encoder.json")
-    contents["config.json"] = json.dumps(config, indent=2).encode()
+    """Write a new folder that `transformers`, CTranslate2, llama.cpp and vLLM read."""
     if any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: give a new folder")
+    config = dict(model.config)
+    weights = with_zero_biases(dict(model.named_parameters()), config["n_layers"])
+    n_tokens = load_tokenizer().n_vocab
+    if config["vocab_size"] > n_tokens:  # padded for speed: the tokens beyond are nobody's
+        config["vocab_size"] = n_tokens
+        weights["token_embedding.weight"] = weights["token_embedding.weight"][:n_tokens]
+        log.info(f"the vocabulary is cut to the {n_tokens:,} tokens of GPT-2")
+
+    tensors = {}
+    for ours, theirs in hugging_face_names(config["n_layers"]).items():
+        tensor = weights[ours].detach().float().cpu()
+        tensors[theirs] = tensor.t() if TRANSPOSED.match(theirs) else tensor
+
+    files = {name: json.dumps(said, indent=2) for name, said in folder_files(config).items()}
+    contents = {name: text.encode() for name, text in files.items()}
+    if config["vocab_size"] == n_tokens:
+        contents |= {
+            "vocab.json": openai_file("encoder.json"),
+            "merges.txt": openai_file("vocab.bpe"),
+        }
+    else:
+        log.warning("exported without a tokenizer: the vocabulary is not GPT-2's")
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "pytorch_model.bin", functools.partial(torch.save, weights))
+    write_file(folder / "model.safetensors", functools.partial(write_safetensors, tensors))
     for name, content in contents.items():
-        write_file(folder / name, lambda file: file.write(content))
-    log.info("wrote %s, a model that sees at most %s tokens", folder, ours["context_length"])
+        write_file(folder / name, operator.methodcaller("write", content))
+    log.info(f"wrote {folder}, a model that sees at most {config['context_length']} tokens")
 
-# ---- 11. Large texts, fast CPUs: tokens in pieces, products of few rows, memory kept ----
-# No token runs from a visible character into white space: so a cut there changes none.
-SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
-def safe_pieces(path: Path) -> Iterator[str]:
-    """A file in pieces of a million characters; their tokens are the file's."""
-    rest = ""
-    with reading(f"{path}, which must be plain text in UTF-8,"):
-        with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
-            while block := file.read(1 << 20):
-                if cut := SAFE_CUT.match(block):
-                    yield rest + cut.group()
-                    rest = ""
-                rest += block[cut.end() if cut else 0 :]
-        yield rest
+# ---- 11. Fast CPUs: faster modules for a loaded model, int8 weights, memory that is kept ----
 
-def tokenize_file(name: str) -> Tensor:
-    """The tokens of a text, made by all cores, as uint16: 2 bytes a token."""
-    cores = os.cpu_count()
-    pieces = safe_pieces(find_data(name))
-    tokens = array("H")
-    while group := list(itertools.islice(pieces, 2 * cores)):
-        for ids in load_tokenizer().encode_batch(group, num_threads=cores, allowed_special="all"):
-            tokens.extend(ids)
-        log.info("tokenising %s: %s tokens", name, f"{len(tokens):,}", extra={"live": True})
-    if not tokens:
-        raise ValueError(f"{name} is empty: give a text")
-    if 201 in tokens:  # GPT-2's token for a carriage return
-        log.info("%s has Windows line ends: without CR it has fewer tokens", name)
-    return torch.frombuffer(tokens, dtype=torch.uint16)
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, x (..., in), weight (out, in), bias (out) -> (..., out), faster for few rows on a CPU.
+class FewRowsLinear(nn.Module):
+    """`nn.Linear` for a model that generates: faster for few rows, in fp32 on a CPU.
 
-    For them, PyTorch reads the weights with one core. Cut into pieces, the product is a batch that all cores
-    share: on two, with GPT-2's matrices, 2.2 times as fast for one row, 1.6 times for 8.
+    PyTorch reads the weights of such a product with one core. Cut into pieces, it becomes a batch
+    of products that all cores share: on two, with GPT-2's matrices, 2.2 times as fast for one
+    row, 1.6 times for 8. Up to 4 rows, weights times columns is faster than rows times weights.
     """
-    if hasattr(weight, "packed"):
-        return torch.ops.mkldnn._linear_pointwise(x, weight.packed, bias, "none", [], "")
-    rows = x.numel() // x.size(-1)
-    outputs = weight.size(0)
-    no_gain = rows > 128 or weight.numel() < 100_000 or weight.dtype != torch.float32
-    if no_gain or torch.is_grad_enabled() or x.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    pieces = next(n for n in range(48, 0, -1) if outputs % n == 0)  # equal ones; more gain nothing
-    same = x.reshape(rows, -1).expand(pieces, -1, -1)  # (pieces, rows, in), without a copy
-    cut = weight.view(pieces, outputs // pieces, -1)  # (pieces, out / pieces, in)
-    bias = x.new_zeros(1, 1, 1) if bias is None else bias.view(pieces, 1, -1)
-    # same @ cutᵀ, or for few rows cut @ sameᵀ, whose kernel is faster: (pieces, rows, out / pieces)
-    out = torch.baddbmm(bias, same, cut.mT) if rows > 4 else torch.baddbmm(bias.mT, cut, same.mT).mT
-    return out.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
-class Linear(nn.Linear):
-    """`nn.Linear` that computes with `linear`."""
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        outputs, inputs = self.weight.shape
+        pieces = next(
+            n for n in range(48, 0, -1) if outputs % n == 0
+        )  # equal ones; more gain nothing
+        self.pieces = self.weight.detach().view(pieces, outputs // pieces, inputs)
+        bias = torch.zeros(outputs) if self.bias is None else self.bias.detach()
+        self.piece_bias = bias.view(pieces, 1, -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        rows = x.numel() // x.size(-1)
+        if rows > 128:
+            return F.linear(x, self.weight, self.bias)
+        pieces = self.pieces  # (pieces, out / pieces, in)
+        same = x.reshape(rows, -1).expand(len(pieces), -1, -1)  # (pieces, rows, in), not copied
+        if rows > 4:
+            out = torch.baddbmm(self.piece_bias, same, pieces.mT)  # (pieces, rows, out / pieces)
+        else:
+            out = torch.baddbmm(self.piece_bias.mT, pieces, same.mT).mT
+        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
-def pack_matrices(model: GPT2) -> None:
-    """Keep bf16 matrices as oneDNN reads them, too: one row 1.4 times as fast. No training after it."""
-    for matrix in model.parameters():
-        if matrix.dim() == 2:
-            matrix.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach())
+
+class Int8Linear(nn.Module):
+    """A matrix as int8, with one scale for each row: the largest absolute value becomes 127.
+
+    A quarter of the memory of fp32, and so about a quarter of the time of reading it, which is
+    what generating a token costs.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
+        self.weight = (weight / scale).round().to(torch.int8)  # (out, in)
+        self.scale = scale.flatten().bfloat16()  # (out,)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.size(-1)).bfloat16()
+        if len(rows) < 64 and self.weight.size(1) % 32 == 0:  # the operator reads in blocks
+            out = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()
+        else:  # many rows share one conversion of the weights
+            out = F.linear(rows, self.weight.bfloat16()).float() * self.scale
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+class Int8Embedding(nn.Module):
+    """The token embedding, looked up in the rows of an int8 head."""
+
+    def __init__(self, head: Int8Linear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head.weight[idx].float() * self.head.scale[idx, None]
+
+
+def speed_up(model: GPT2, precision: str) -> GPT2:
+    """Swap faster modules into a model on a CPU that will not be trained, saved or exported."""
+    swap = {"fp32": FewRowsLinear, "int8": Int8Linear}.get(precision)
+    if swap is None:
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            small = isinstance(child, nn.Linear) and child.weight.numel() < 100_000
+            if isinstance(child, nn.Linear) and not (small and precision == "fp32"):
+                setattr(module, name, swap(child))
+    if isinstance(model.head, Int8Linear):  # one matrix does both, as before
+        model.token_embedding = Int8Embedding(model.head)  # type: ignore[assignment]
+    return model
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory: the default run is 1.5 times as fast, GPT-2 124M 1.2 times."""
@@ -997,204 +2380,644 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
+
 # ---- 12. Command line: results go to standard output, progress and notes to standard error ----
+
+
 def printable(text: str) -> str:
     """Text that cannot command a terminal: control characters are written out."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match.group()):02x}", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: 0:09, 12:05, 3 h 05 min, 278 days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{hours} h {minutes_left:02} min" if hours < 48 else f"{hours // 24} days"
+
 
 class Notes(logging.Handler):
-    """Notes on standard error. A live one is overwritten on a terminal, and left out elsewhere."""
+    """Notes on standard error, from the first process, and below them one live line.
+
+    On a terminal, the live line is overwritten by the next. Elsewhere it is printed at first and
+    then every 30 seconds, so that a log can be watched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = False  # the cursor stands behind a live line
+        self.printed_at = -math.inf
 
     def emit(self, record: logging.LogRecord) -> None:
-        live = getattr(record, "live", False)
-        terminal = sys.stderr.isatty()
-        if live and not terminal:
+        if process_rank() > 0 and record.levelno < logging.ERROR:
             return
         text = printable(record.getMessage())
-        text = text[: os.get_terminal_size(2).columns - 1] if live else text + "\n"
-        with contextlib.suppress(OSError):  # the run goes on
-            print("\r\x1b[K" * terminal + text, end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody listens: the run goes on
+            if record.name == progress.name:
+                self.show(text)
+            else:
+                self.clear()
+                print(text, file=sys.stderr, flush=True)
 
-def run_train(args) -> None:
-    """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
-    given = OPENAI_SIZES.get(args.model_size, {}) | {k: v for k, v in args.given.items() if k in CONFIG}
-    run = train(given, out=args.out, init=args.init or None, resume=args.resume, overwrite=args.overwrite)
-    signals = []
+    def show(self, text: str) -> None:
+        """Show a live line, cut to the terminal's width."""
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
+            self.live = True
+        elif time.monotonic() - self.printed_at > 30:
+            print(text, file=sys.stderr, flush=True)
+            self.printed_at = time.monotonic()
 
-    def stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one does not wait
+    def clear(self) -> None:
+        """Take a live line away, before something else is printed."""
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.live = False
+
+
+notes = Notes()
+
+
+class Stop:
+    """What Ctrl-C and SIGTERM do to a run: the first lets the step finish and the run save."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended `| tee`
-            os.write(2, b"\nfinishing this step, then saving\n")
+            os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
 
+
+def command_line(*words: object) -> str:
+    """A command that can be pasted: quoted, and with torchrun where that was used."""
+    start = ["python", "gpt2.py"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        count = os.environ["LOCAL_WORLD_SIZE"]
+        start = ["torchrun", "--standalone", f"--nproc_per_node={count}", "gpt2.py"]
+    return shlex.join([*start, *map(str, words)])
+
+
+def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
+    """The line of a step: live, or as a note with a sample below it where there is one."""
+    loss = "skipped" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
+    val_loss = f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
+    line = (
+        f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {loss}{val_loss}  "
+        f"{sum(rates) / len(rates):,.0f} tokens/s  {duration(seconds_left)} left"
+    )
+    if not row.get("sample"):
+        progress.info(line)
+        return
+    log.info(line)
+    for paragraph in row["sample"].splitlines():
+        log.info(textwrap.fill(paragraph, 74, initial_indent="    ", subsequent_indent="    "))
+
+
+def training_settings(args: argparse.Namespace) -> dict:
+    """The keys of CONFIG that were given, after those that --model_size stands for."""
+    given = {key: value for key, value in args.given.items() if key in CONFIG}
+    if not args.model_size:
+        return given
+    size = OPENAI_SIZES[args.model_size]
+    rates = {
+        "learning_rate": size["learning_rate"],
+        "min_learning_rate": size["learning_rate"] / 10,
+    }
+    return {key: size[key] for key in SIZE_KEYS} | rates | given
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
+    keep_freed_memory()
+    given = training_settings(args)
+    resume = args.resume or (args.auto_resume and Path(args.out, "last.pt").exists())
+    run = train(
+        given, out=args.out, init=args.init or None, resume=resume, overwrite=args.overwrite
+    )
+
+    stop, stopped = None, False
+    rates: list[float] = []
     started = time.monotonic()
-    for steps, row in enumerate(run, start=1):
-        if steps == 1:  # before, there was nothing to save
-            signal.signal(signal.SIGINT, stop)
-            signal.signal(signal.SIGTERM, stop)
-        left = (time.monotonic() - started) / steps * (row["total_steps"] - row["step"])
-        val_loss = f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
-        log.info(f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {row['train_loss']:.3f}"
-                 f"{val_loss}  {row['tokens_per_second']:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left",
-                 extra={"live": "sample" not in row})
-        if "sample" in row:
-            log.info(textwrap.indent(textwrap.fill(row["sample"], 74), "    "))
-        stopped = sum_over_processes(len(signals)) and row["step"] < row["total_steps"]
+    for count, row in enumerate(run, start=1):
+        stop = stop or Stop()  # before the first step, there is nothing to save
+        rates = [*rates[-19:], row["tokens_per_second"]]
+        seconds_left = (time.monotonic() - started) / count * (row["total_steps"] - row["step"])
+        show_step(row, rates, seconds_left)
+        if count == 10 and seconds_left > 86400:
+            advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
+            log.warning(f"time      this run takes {duration(seconds_left)}: {advice}")
+        stopped = sum_over_processes(stop.signal) > 0 and row["step"] < row["total_steps"]
         if stopped:
-            run.close()
+            run.close()  # which saves
             break
-    sum_over_processes(0)  # wait for the process that saves
+
+    first = process_rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:
-        log.info("saved step %s; go on with: python gpt2.py train --resume --out %s", row["step"], args.out)
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    if not int(os.environ.get("RANK") or 0):
-        args.model = str(Path(args.out, "last.pt"))
-        vars(args).update(load_checkpoint(args.model)["config"])
-        for number in (signal.SIGINT, signal.SIGTERM):  # saved
-            signal.signal(number, signal.default_int_handler)
-        if args.data.lower().endswith((".json", ".jsonl")):
-            run_eval(args)
-        log.info("next: python gpt2.py generate --model %s, or best.pt if any", args.model)
+        if first:
+            again = command_line("train", "--resume", "--out", args.out)
+            log.info(f"saved step {row['step']}; go on with: {again}")
+        raise SystemExit(128 + (stop.signal or signal.SIGTERM) if stop else 1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved
+        signal.signal(number, signal.default_int_handler)
+    if first:
+        close_run(args, time.monotonic() - started)
 
-def run_generate(args) -> None:
-    """Print texts as they are made."""
+
+def close_run(args: argparse.Namespace, seconds: float) -> None:
+    """What a person wants to know after a run: how it went, what it left, what to type next."""
+    folder = Path(args.out)
+    state = load_checkpoint(folder / "last.pt")
+    names = ("last.pt", "best.pt", "metrics.jsonl", "loss.png")
+    files = ", ".join(name for name in names if (folder / name).exists())
+    log.info(f"done      {state['step']:,} steps in {duration(seconds)}; {folder} holds {files}")
+    if state["best_val_loss"] < math.inf:
+        when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
+        log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
+
+    model, prompt = find_model(folder), []
+    files_of_data = find_files(state["config"]["data"])
+    if holds_examples(files_of_data):
+        changed = {"model": str(model), "stride": 0, "all": False, "json": False}
+        run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
+        prompt = [load_examples(files_of_data)[0].prompt]
+    log.info(f"next      {command_line('generate', '--model', model, *prompt)}")
+
+
+def load_for_use(args: argparse.Namespace) -> GPT2:
+    """The model of a command that does not train. On a CPU in fp32, unless asked otherwise: so
+    that a text is the same on every CPU."""
+    model = GPT2.from_pretrained(args.model)
+    if model.config["vocab_size"] < CONFIG["vocab_size"]:
+        raise ValueError(f"{args.model} has a vocabulary smaller than GPT-2's 50257 tokens")
+    device = pick_device(args.device)
+    precision = args.precision
+    if precision == "int8" and (device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
+        raise ValueError("precision int8 is for CPUs: give bf16")
+    if precision == "auto" and device.type == "cpu":
+        precision = "fp32"
+    if precision != "int8":
+        precision = pick_precision(precision, device)
+        model.to(device, PRECISIONS[precision])
+    return speed_up(model, precision) if device.type == "cpu" else model
+
+
+class Reply:
+    """What a model writes after a prompt, decoded as tokens come: whole characters only, and
+    nothing that may yet turn out to be the beginning of a stop text."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
+        self.tokens = 0
+        self.ended = ""  # "end", "stop", or in the end "length"
+
+    def add(self, token: int) -> None:
+        """Take the next token, unless the reply has ended."""
+        tokenizer = load_tokenizer()
+        if self.ended:
+            return
+        if token == tokenizer.eot_token:
+            self.ended = "end"
+            return
+        self.tokens += 1
+        if token < tokenizer.eot_token:  # a padded vocabulary has tokens beyond
+            self.text += self.decoder.decode(tokenizer.decode_single_token_bytes(token))
+        found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.ended = "stop"
+
+    def finish(self) -> None:
+        """No token comes any more."""
+        if self.ended != "stop":
+            self.text += self.decoder.decode(b"", final=True)
+        self.ended = self.ended or "length"
+
+    def certain(self) -> str:
+        """The text so far without a tail in which a stop text may have begun."""
+        tail = max(map(len, self.stops), default=1) - 1
+        return self.text if self.ended else self.text[: max(0, len(self.text) - tail)]
+
+
+def read_prompts(args: argparse.Namespace) -> Iterator[str]:
+    """The prompts of a command line: words, a file of prompts, or standard input."""
+    if args.prompts:
+        path = Path(args.prompts)
+        lines = sys.stdin.read() if args.prompts == "-" else "".join(read_text(path))
+        for number, line in enumerate(filter(str.strip, lines.split("\n")), start=1):
+            if line.lstrip().startswith("{"):
+                try:
+                    yield text_of(json.loads(line), "prompt")
+                except (json.JSONDecodeError, StopIteration) as error:
+                    message = f"{args.prompts}, prompt {number}: not JSON with a 'prompt'"
+                    raise BadFile(message) from error
+            else:
+                yield line.removesuffix("\r")
+    elif args.prompt == ["-"] or (not args.prompt and is_piped(sys.stdin)):
+        text = sys.stdin.read()
+        yield text if text.endswith("### Response:\n") else text.removesuffix("\n")
+    else:
+        yield " ".join(args.prompt) if args.prompt else "I HAD always thought"
+
+
+def is_piped(stream: IO[str]) -> bool:
+    """Whether a pipe or a file stands behind this stream."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """How tokens are chosen: greedily, unless drawing was asked for in one way or another."""
     draws = args.do_sample or args.given.keys() & {"temperature", "top_k", "top_p"}
-    options = {"temperature": args.temperature if draws else 0.0, "top_k": args.top_k or None, "top_p": args.top_p}
-    check_sampling(**options)  # before anything is printed
-    model = load_model(args)
-    tokenizer = load_tokenizer()
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == ["-"] else " ".join(args.prompt)
-    end = tokenizer.eot_token
-    ids = text_to_token_ids(instruction_prompt(prompt) if args.instruct else prompt, tokenizer)
-    ids = ids if ids.numel() else torch.tensor([[end]])
-    if ids.size(1) > model.config["context_length"]:
-        log.info("of %s tokens, only the last %s are seen", ids.size(1), model.config["context_length"])
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    check_sampling(**options)
+    for name in ("max_tokens", "num_samples"):
+        if vars(args)[name] < 1:
+            raise ValueError(f"{name} is {vars(args)[name]}; it must be 1 or more")
+    if draws and args.temperature > 0:
+        return options
+    if args.num_samples > 1:
+        log.info("without drawing, all samples are the same: give --do_sample")
+    return {"temperature": 0.0}
 
-    def write(text):
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Print what a model writes after each prompt."""
+    options = sampling_options(args)
+    prompts = list(read_prompts(args))
+    model = load_for_use(args)
+    if options["temperature"] > 0:
+        seed = args.given.get("seed", random.randrange(10**6))
+        log.info(f"seed      {seed}")
+        device = next(model.parameters()).device
+        options["generator"] = torch.Generator(device).manual_seed(seed)
+    for prompt in prompts:
+        answer(model, prompt, args, options)
+
+
+def prompt_tokens(model: GPT2, text: str) -> Tensor:
+    """A prompt as tokens (1, T), with notes on what a person may not expect."""
+    tokenizer = load_tokenizer()
+    ids = text_to_token_ids(check_blanks(text, "the prompt"), tokenizer)
+    context = model.config["context_length"]
+    if ids.size(1) > context:
+        log.info(f"of {ids.size(1)} tokens, only the last {context} are seen")
+    if text.endswith(" "):
+        log.info("the prompt ends with a blank; GPT-2's tokens begin with it: better without")
+    return ids if ids.numel() else torch.tensor([[tokenizer.eot_token]])
+
+
+def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) -> None:
+    """Print the samples of one prompt: one as it is made, several when they are done."""
+    text = instruction_prompt(prompt, args.input) if args.instruct else prompt
+    ids = prompt_tokens(model, text)
+    replies = [Reply(args.stop) for _ in range(args.num_samples)]
+    before = "" if args.instruct or args.only_new else prompt
+    streams = len(replies) == 1 and not args.json
+    shown = 0
+
+    def write(text: str) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
-    def on_token(new):
-        if new.item() < end:  # half a character waits
-            write(decoder.decode(tokenizer.decode_single_token_bytes(new.item())))
+    def on_token(new: Tensor) -> bool:
+        nonlocal shown
+        for reply, token in zip(replies, new.flatten().tolist(), strict=True):
+            reply.add(token)
+        if streams:
+            certain = replies[0].certain()
+            write(certain[shown:])
+            shown = len(certain)
+        else:
+            progress.info(f"{max(reply.tokens for reply in replies)} tokens")
+        return all(reply.ended for reply in replies)
 
-    for i in range(args.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        write(f"--- sample {i + 1} of {args.num_samples} ---\n" if args.num_samples > 1 else "")
-        write("" if args.instruct else prompt)
-        generator = torch.Generator().manual_seed(args.seed + i)
-        generate(model, ids, args.max_tokens, eos_id=end, generator=generator, on_token=on_token, **options)
-        write(decoder.decode(b"", final=True) + "\n")
+    if streams:
+        write(before)
+    started = time.perf_counter()
+    rows = ids.expand(len(replies), -1)
+    end = load_tokenizer().eot_token
+    generate(model, rows, args.max_tokens, eos_id=end, on_token=on_token, **options)
+    seconds = time.perf_counter() - started
 
-def run_eval(args) -> None:
-    """Print loss, perplexity, bits per byte and tokens; for a classification, accuracy too."""
-    model = load_model(args)
+    notes.clear()
+    for i, reply in enumerate(replies, start=1):
+        reply.finish()
+        if args.json:
+            row = {"prompt": prompt, "text": reply.text, "tokens": reply.tokens}
+            write(json.dumps(row | {"seconds": round(seconds, 3), "ended": reply.ended}) + "\n")
+        elif streams:
+            write(reply.text[shown:] + "\n")
+        else:
+            write(f"--- sample {i} of {len(replies)} ---\n{before}{reply.text}\n")
+    count = sum(reply.tokens for reply in replies)
+    log.info(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s")
+
+
+def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any, list[str]]:
+    """The data set that `eval` measures, and the labels that the model was trained on.
+
+    Of the file that a checkpoint was trained on, it is the part that was held back.
+    """
+    files = find_files(args.data)
+    path = find_model(args.model)
+    checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
+    labels = checkpoint.get("labels", [])
+
+    if not args.all and checkpoint.get("data_sha256") == fingerprint(files):
+        config = check_config(CONFIG | checkpoint["config"] | {"data": args.data})
+        train_set, val_set = load_data(config)
+        part = "the part held back" if val_set else "all of it"
+        log.info(f"data      the model was trained on this: measuring {part}")
+        return val_set or train_set, labels
+    dataset = to_measure(args.data, context_length)
+    log.info(f"data      {args.data}: {dataset.size()}")
+    return dataset, labels
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Print loss, perplexity and what else can be said of the data."""
+    check_value("stride", args.stride)
+    model = load_for_use(args)
     context = model.config["context_length"]
-    checkpoint = load_checkpoint(args.model) if Path(args.model).is_file() and not args.all else {}
-    seen = checkpoint.get("data_sha256") == sha256_of(args.data)
-    config = checkpoint["config"] if seen else {"context_length": context, "val_fraction": 0.0}
-    train_set, val_set = load_data(check_config(config | {"data": args.data, "stride": args.stride}))
-    dataset = val_set or train_set
-    if seen:
-        log.info("trained on this file: measuring %s", "the part held back" if val_set else "all of it")
-    is_text = isinstance(dataset, GPTDataset)
-    scored = dataset.token_ids[1:] if is_text else torch.cat([y[y != IGNORE_INDEX] for _, y in dataset])
-    text = load_tokenizer().decode_bytes([i for i in scored.tolist() if i != load_tokenizer().eot_token])
-    loss = evaluate(model, dataset, stride=args.stride or max(1, context // 2))
-    log.info("", extra={"live": True})
-    report = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": len(scored)}
-    report["bits_per_byte"] = loss * len(scored) / math.log(2) / max(1, len(text))
-    labels = set() if is_text else {label for _, label in train_set.examples + dataset.examples}
-    if 2 <= len(labels) <= 50:
-        predicted = classify(model, dataset, sorted(labels))
-        report["accuracy"] = sum(a == b for a, (_, b) in zip(predicted, dataset.examples)) / len(predicted)
-    lines = [f"{k:<14}{v:>14,.4f}" if isinstance(v, float) else f"{k:<14}{v:>14,}" for k, v in report.items()]
-    print(json.dumps(report) if args.json else "\n".join(lines))
+    dataset, labels = data_to_measure(args, context)
+    loss = evaluate(model, scoring_batches(dataset, args.stride or max(1, context // 2)))
+    report = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    report |= dataset.figures(model, loss, labels)
 
-def load_model(args) -> GPT2:
-    """The model of a command; on a CPU in fp32 by default, for the same text on each."""
-    model = GPT2.from_pretrained(args.model)
-    check_config(model.config | {"seed": args.seed})  # vocabulary and seed
-    device = pick_device(args.device)
-    precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
-    model.to(device, mixed_precision(precision, device)[0])
-    if precision == "bf16" and device.type == "cpu" and mixed_precision("auto", device)[0] == torch.bfloat16:
-        pack_matrices(model)  # section 11
-    return model
+    notes.clear()
+    if args.json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        print(f"{name:<20}{shown:>14}")
 
-OPTIONS = {  # beside keys of CONFIG
-    "model": "checkpoints/last.pt",  # a checkpoint, a Hugging Face folder, gpt2, gpt2-medium, ...
-    "model_size": "",  # one of OpenAI's sizes; other options win over it
-    "init": "",  # a model to start from
-    "resume": False,  # continue the run in --out exactly
-    "overwrite": False,  # replace the run in --out
-    "out": "checkpoints",  # folder for what a run leaves
-    "max_tokens": 100,  # most tokens to write
-    "do_sample": False,  # draw tokens; the next three imply it
-    "temperature": 1.0,  # below 1 safer, above 1 wilder
-    "top_k": 0,  # draw from so many most probable tokens; 0: from all
-    "top_p": 1.0,  # draw from the fewest tokens that reach this probability
-    "num_samples": 1,  # texts
-    "instruct": False,  # the prompt is an instruction: print only the response
-    "all": False,  # measure all of a file, trained on or not
-    "json": False,  # print one JSON object
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write a model as a folder in Hugging Face format."""
+    GPT2.from_pretrained(args.model).save_pretrained(args.folder)
+
+
+def run_tokenize(args: argparse.Namespace) -> None:
+    """Write the tokens of texts into one file, which `train --data` maps."""
+    *names, out = args.files
+    if not names or Path(out).suffix != ".bin":
+        raise ValueError(
+            f"give one or more texts, then the file to write: {out} does not end in .bin"
+        )
+    files = [path for name in names for path in find_files(name)]
+    write_file(Path(out), lambda file: tokenize(files, file))
+    log.info(f"wrote {out}: {Path(out).stat().st_size // 2:,} tokens")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """Say what a model is: its size, and how it came to be."""
+    path = find_model(args.model)
+    checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
+    config = OPENAI_SIZES[args.model] if path is None else GPT2.from_pretrained(path).config
+    with shapes_only():
+        count = GPT2(config).num_parameters()
+    rows: dict[str, Any] = {"model": path or f"{args.model} of OpenAI", "parameters": f"{count:,}"}
+    rows |= {key: config[key] for key in MODEL_KEYS}
+    if "step" in checkpoint:
+        trained = checkpoint["config"]
+        rows |= {"step": checkpoint["step"], "tokens_seen": f"{checkpoint['tokens_seen']:,}"}
+        rows |= {key: trained[key] for key in ("data", "learning_rate", "precision", "seed")}
+        rows["lowest validation"] = f"{checkpoint['best_val_loss']:.4f}"
+        rows["version"] = checkpoint.get("version", "1")
+    for name, value in rows.items():
+        print(f"{name:<20}{printable(str(value))}")
+
+
+# The table of options: a group, and in it each option with its meaning. What is not a key of CONFIG
+# has its default in DEFAULTS.
+
+OPTIONS = {
+    "model": {
+        "model": "a checkpoint, a run's folder, a Hugging Face folder, or a name of OpenAI's",
+        "model_size": "a size of OpenAI's, with a learning rate for it",
+        "init": "a model to start from, trained gently",
+        "vocab_size": "tokens in the vocabulary, at least GPT-2's 50257",
+        "context_length": "tokens that the model sees at once",
+        "emb_dim": "width of a token's vector, a multiple of n_heads",
+        "n_heads": "attention heads in a block",
+        "n_layers": "blocks",
+        "dropout_rate": "share of values dropped while training",
+        "qkv_bias": "biases for queries, keys and values",
+    },
+    "data": {
+        "data": "texts, a .bin of tokens, examples (.jsonl, .json, .csv, .tsv), or a folder",
+        "val_data": "validate on this file instead of a part of --data",
+        "val_fraction": "share held back to validate",
+        "max_val_tokens": "hold back no more tokens of a text than this",
+        "stride": "tokens from one window to the next; 0: half the context",
+        "all": "measure all of a file, trained on or not",
+    },
+    "run": {
+        "out": "folder for what the run leaves",
+        "resume": "continue the run in --out exactly",
+        "auto_resume": "continue the run in --out if there is one",
+        "overwrite": "replace the run in --out",
+        "batch_size": "windows or examples at once, in each process",
+        "grad_accumulation": "batches that make one optimizer step",
+        "epochs": "times through the data; 0.5 is half of it",
+        "schedule_steps": "length of the run in optimizer steps, instead of --epochs",
+        "max_steps": "stop early, after so many steps of the run; 0: at its end",
+        "learning_rate": "the highest learning rate; --lr is short for it",
+        "min_learning_rate": "the last learning rate",
+        "warmup_steps": "steps up to the highest learning rate, at most a quarter of all",
+        "weight_decay": "AdamW's pull of matrices towards zero",
+        "grad_clip": "longest gradient; 0: any length",
+        "eval_every": "steps from one measurement to the next; 0: an epoch, or a tenth of the run",
+        "checkpoint_every": "steps from one save to the next; 0: as above",
+        "patience": "stop after so many measurements without a lower one; 0: never",
+        "sample_prompt": "what samples continue, instead of the beginning of the data",
+    },
+    "text": {
+        "max_tokens": "most tokens to write",
+        "do_sample": "draw tokens; the next three options imply it",
+        "temperature": "below 1 safer, above 1 wilder; 0: greedy",
+        "top_k": "draw from so many most probable tokens",
+        "top_p": "draw from the fewest tokens that reach this probability",
+        "num_samples": "texts for each prompt, computed together",
+        "stop": "end before this text; may be given several times",
+        "prompts": "a file with a prompt, or a JSON object with one, on each line",
+        "instruct": "the prompt is an instruction: print only the response",
+        "input": "with --instruct, the input of the instruction",
+        "only_new": "print the text without its prompt",
+    },
+    "machine": {
+        "seed": "where all random numbers start; the same seed gives the same",
+        "device": "auto, cpu, cuda, mps or xpu",
+        "precision": "auto, fp32, bf16 or fp16; for generate and eval also int8",
+        "compile": "train through torch.compile",
+        "json": "print JSON objects",
+    },
 }
-COMMANDS = {
-    "train": (run_train, "train or fine-tune a model", [*list(OPTIONS)[1:6], *CONFIG]),
-    "generate": (run_generate, "continue a text", ["model", *list(OPTIONS)[6:13], "seed", "device", "precision"]),
-    "eval": (run_eval, "measure a model", ["model", "data", "stride", "all", "json", "device", "precision"]),
-    "export": (lambda args: GPT2.from_pretrained(args.model).save_pretrained(args.folder),
-               "write a model as a Hugging Face folder", ["model"]),
+DEFAULTS: dict[str, Any] = CONFIG | {
+    **{"model": "checkpoints/last.pt", "model_size": "", "init": "", "out": "checkpoints"},
+    **{"resume": False, "auto_resume": False, "overwrite": False, "all": False, "json": False},
+    **{"max_tokens": 100, "do_sample": False, "temperature": 1.0, "top_k": None, "top_p": None},
+    **{"num_samples": 1, "stop": [], "prompts": "", "instruct": False, "input": ""},
+    **{"only_new": False},
 }
+SPECIAL: dict[str, dict] = {  # what argparse is to know beside type and default
+    "data": {"nargs": "+", "metavar": "FILE", "type": str},
+    "model_size": {"choices": list(OPENAI_SIZES), "type": str},
+    "top_k": {"type": int, "metavar": "INT"},
+    "top_p": {"type": float, "metavar": "FLOAT"},
+    "stop": {"action": "append", "metavar": "TEXT"},
+    "qkv_bias": {"action": argparse.BooleanOptionalAction},
+    "compile": {"action": argparse.BooleanOptionalAction},
+}
+
+
+TRAIN_OPTIONS = ("model_size", "init", "out", "resume", "auto_resume", "overwrite", *CONFIG)
+TEXT_OPTIONS = ("model", *OPTIONS["text"], "seed", "device", "precision", "json")
+EVAL_OPTIONS = ("model", "data", "stride", "all", "device", "precision", "json")
+COMMANDS: dict[str, tuple] = {  # function, meaning, positional argument, its number, options
+    "train": (run_train, "train or fine-tune a model", "files", "*", TRAIN_OPTIONS),
+    "generate": (run_generate, "continue a text", "prompt", "*", TEXT_OPTIONS),
+    "eval": (run_eval, "measure a model", "files", "*", EVAL_OPTIONS),
+    "export": (run_export, "write a folder that other programs read", "folder", None, ("model",)),
+    "tokenize": (run_tokenize, "write the tokens of texts into one file", "files", "+", ()),
+    "info": (run_info, "say what a model is", "model", None, ()),
+}
+POSITIONALS = {
+    "files": "the same as --data; for tokenize, texts and then the .bin file to write",
+    "prompt": "the text to continue; - is standard input",
+    "folder": "where to write it",
+    "model": OPTIONS["model"]["model"],
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help whose words are not broken at hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and name what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
+        near = difflib.get_close_matches(unknown[1], DEFAULTS, n=1) if unknown else []
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}{hint}") + "\n")
+
+
+def add_option(group: Any, key: str, meaning: str) -> None:
+    """Add an option to a group of a parser. Only what is given will be in the result."""
+    default = DEFAULTS[key]
+    if key in SPECIAL:
+        how = SPECIAL[key]
+    elif isinstance(default, bool):
+        how = {"action": "store_true"}
+    else:
+        how = {"type": type(default), "metavar": type(default).__name__.upper()}
+    names = [f"--{key}", "--lr"] if key == "learning_rate" else [f"--{key}"]
+    shown = "" if default in ("", None, [], False) else f" (default: {default})"
+    group.add_argument(*names, default=argparse.SUPPRESS, help=meaning + shown, **how)
+
 
 def make_parser() -> argparse.ArgumentParser:
-    """The commands. An option's help is the comment beside it, in CONFIG or OPTIONS."""
-    parser = argparse.ArgumentParser(prog="gpt2.py", description=__doc__.partition("\n")[0])
-    parsers = parser.add_subparsers(metavar="{train,generate,eval,export}", required=True, dest="command")
-    comments = dict(re.findall(r'^    "(\w+)": .+,  # (.+)$', Path(__file__).read_text("utf-8"), re.MULTILINE))
-    for name, (_, text, keys) in COMMANDS.items():
-        command = parsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.print_usage = parser.print_usage = lambda file: None  # an error is one line
-        for key in keys:
-            value = (OPTIONS | CONFIG)[key]
-            kind = {"type": type(value), "metavar": type(value).__name__.upper()}
-            kind["choices"] = OPENAI_SIZES if key == "model_size" else None
-            if isinstance(value, bool):
-                kind = {"action": argparse.BooleanOptionalAction if key in CONFIG else "store_true"}
-            kind["help"] = f"{comments[key]} (default: {value})"
-            command.add_argument(f"--{key}", *["--lr"] * (key == "learning_rate"), default=argparse.SUPPRESS, **kind)
-        if name == "generate":
-            command.add_argument("prompt", nargs="*", default=["I HAD always thought"], help="- is standard input")
-        if name == "export":
-            command.add_argument("folder", help="where to write it")
+    """The parser of all commands."""
+    parser = Parser(prog="gpt2.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"gpt2.py {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    for name, (_, text, positional, number, options) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, formatter_class=HelpFormatter
+        )
+        command.add_argument(positional, nargs=number, help=POSITIONALS[positional])
+        for title, group in OPTIONS.items():
+            section = command.add_argument_group(title)
+            for key in (key for key in group if key in options):
+                add_option(section, key, group[key])
     return parser
 
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command with their defaults; those that were given are in `.given`."""
+    words = [  # --learning-rate is --learning_rate; argparse itself makes --no-compile
+        re.sub(r"^--(?!no-)[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        for word in words
+    ]
+    given = vars(make_parser().parse_args(words))
+    if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
+        given["data"] = ",".join(files)
+    return argparse.Namespace(**DEFAULTS | given, given=given)
+
+
+def what_went_wrong(error: Exception) -> str | None:
+    """One line for a person, about an error that is not a bug of this program; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)):
+        return text
+    if isinstance(error, MemoryError) or "memory" in text.lower():
+        return (
+            "out of memory: lower batch_size (raise grad_accumulation), context_length or emb_dim"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: leave --compile out, or mend this: {text:.200}"
+    return None
+
+
+def give_up_output() -> None:
+    """Let what is still to be printed go nowhere: nobody reads it, or the disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0, or 2 after a line that says what is wrong, 130 to 143 if stopped."""
-    given = vars(make_parser().parse_args(arguments))
-    args = argparse.Namespace(**OPTIONS | CONFIG | given, given=given)
-    log.addHandler(Notes())
-    log.setLevel(logging.ERROR if int(os.environ.get("RANK") or 0) else logging.INFO)  # one speaks
+    """Run a command. Exit status: 0; 2 after a line that says what is wrong; 130 to 143 stopped."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words:
+        print((__doc__ or "").partition("\n\nPart one")[0])
+        return 0
+    args = parse(words)
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
     try:
         COMMANDS[args.command][0](args)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # as `| head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_output()
         return 141
     except KeyboardInterrupt:
+        notes.clear()
+        if sys.stderr.isatty():  # the terminal shows ^C: its prompt belongs on a new line
+            print(file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError) as error:
-        message = " ".join(str(error).split())
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():  # a mistake of this program
+    except Exception as error:
+        message = what_went_wrong(error)
+        if message is None:
             raise
-        message = "out of memory: lower batch_size (raise grad_accumulation) or context_length"
-    log.error("gpt2.py %s: error: %s", args.command, message)
+    log.error(f"gpt2.py {args.command}: error: {message}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_up_output()
     return 2
+
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     sys.exit(main())
