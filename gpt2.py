@@ -642,8 +642,9 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     """
     ordered, tokens = probabilities.sort(descending=True)  # (B, V) each
     before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
-    before[:, 0] = 0.0  # the first token is always kept
-    kept = ordered.masked_fill(before >= p, 0.0)
+    dropped = before >= p
+    dropped[:, 0] = False  # the first token is always kept
+    kept = ordered.masked_fill(dropped, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     return torch.zeros_like(kept).scatter(1, tokens, kept)
 
@@ -965,6 +966,14 @@ def find_files(data: str) -> list[Path]:
     return found
 
 
+def read_pieces(path: Path) -> Iterator[Example | str]:
+    """The examples, the documents or the pieces of the text in a file."""
+    suffix = path.suffix.lower()
+    if suffix == ".bin":
+        raise BadFile(f"{path} holds tokens: it cannot be joined with other files")
+    return read_records(path) if suffix in RECORD_FORMATS else read_text(path)
+
+
 def fingerprint(files: Sequence[Path]) -> str:
     """The sha256 of the files' bytes: a run goes on with the data that it began with."""
     digest = hashlib.sha256()
@@ -979,7 +988,7 @@ def text_pieces(files: Sequence[Path]) -> Iterator[str]:
     """All documents, with `<|endoftext|>` between them, in pieces that cut no token."""
     for i, path in enumerate(files):
         records = path.suffix.lower() in RECORD_FORMATS
-        for j, piece in enumerate(read_records(path) if records else read_text(path)):
+        for j, piece in enumerate(read_pieces(path)):
             if isinstance(piece, Example):
                 raise BadFile(f"{path} holds examples: they cannot be joined with texts")
             begins = (j == 0 and i > 0) or (j > 0 and records)
@@ -997,13 +1006,13 @@ def check_blanks(text: str, source: str | Path) -> str:
 def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
     """Write the tokens of texts as uint16, 2 bytes a token, by all cores, in constant memory."""
     encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
-    started, count = time.monotonic(), 0
+    started, count = time.perf_counter(), 0
     pieces = text_pieces(files)
     while group := list(itertools.islice(pieces, 32)):
         for ids in encode(group, allowed_special="all"):
             out.write(array("H", ids).tobytes())
             count += len(ids)
-        rate = count / (time.monotonic() - started)
+        rate = count / (time.perf_counter() - started)
         progress.info(f"tokenising: {count:,} tokens, {rate:,.0f} a second")
     if count == 0:
         raise BadFile(f"{files[0]} is empty: give a text")
@@ -1020,14 +1029,25 @@ def map_tokens(path: Path) -> Tensor:
     return tokens
 
 
-def load_tokens(files: Sequence[Path]) -> Tensor:
-    """The tokens of texts, or of one file of tokens, as uint16."""
-    if any(path.suffix.lower() == ".bin" for path in files):
-        if len(files) > 1:
-            raise BadFile(
-                f"{files[0]} and others: a token file stands alone; tokenize all together"
-            )
+def load_examples(files: Sequence[Path]) -> list[Example]:
+    """All examples of these files."""
+    examples = []
+    for path in files:
+        for example in read_pieces(path):
+            if not isinstance(example, Example):
+                raise BadFile(f"{path} holds texts: they cannot be joined with examples")
+            check_blanks(example.prompt + example.completion, path)
+            examples.append(example)
+    return examples
+
+
+def read_data(data: str) -> Tensor | list[Example]:
+    """A `data` setting as the tokens of a text, uint16, or as examples."""
+    files = find_files(data)
+    if len(files) == 1 and files[0].suffix.lower() == ".bin":
         return map_tokens(files[0])
+    if isinstance(next(read_pieces(files[0])), Example):
+        return load_examples(files)
     buffer = io.BytesIO()
     tokenize(files, buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint16)
@@ -1167,37 +1187,32 @@ def scoring_batches(dataset: Any, stride: int | None = None, tokens: int = 1024)
         progress.info(f"measuring: {done:,} tokens")
 
 
-def completion_losses(model: GPT2, example: Example, completions: Sequence[str]) -> list[Tensor]:
-    """For each of these completions of a prompt, the losses (T,) of its tokens in nats."""
-    device = next(model.parameters()).device
+def most_probable(model: GPT2, example: Example, completions: Sequence[str]) -> tuple[str, str]:
+    """Which of these completions of a prompt has the lowest loss: its sum, and its mean a token."""
+    device, context = next(model.parameters()).device, model.config["context_length"]
     rows = [example._replace(completion=completion) for completion in completions]
-    found = []
+    sums, means = {}, {}
     with evaluating(model):
-        for x, y in CompletionDataset(rows, model.config["context_length"]):
-            logits = model(x[None].to(device))[0].float()  # (T, V)
-            losses = F.cross_entropy(logits, y.to(device), reduction="none")  # (T,)
-            found.append(losses[y != IGNORE_INDEX].cpu())
-    return found
+        for row, (x, y) in zip(rows, CompletionDataset(rows, context), strict=True):
+            loss = summed_loss(model(x[None].to(device)), y[None].to(device)).item()
+            sums[row.completion] = loss
+            means[row.completion] = loss / int((y != IGNORE_INDEX).sum())
+    return min(sums, key=sums.__getitem__), min(means, key=means.__getitem__)
 
 
 def classify(model: GPT2, dataset: CompletionDataset, labels: Sequence[str] = ()) -> list[str]:
     """For each example, the most probable of these labels, or of all completions in the set."""
     labels = labels or sorted({example.completion for example in dataset.examples})
-    predicted = []
-    for example in dataset.examples:
-        losses = [float(loss.sum()) for loss in completion_losses(model, example, labels)]
-        predicted.append(labels[losses.index(min(losses))])
-    return predicted
+    return [most_probable(model, example, labels)[0] for example in dataset.examples]
 
 
 def choice_accuracy(model: GPT2, dataset: CompletionDataset) -> dict:
     """How often the right choice has the lowest loss, summed and, normalised, a token."""
     by_sum = by_mean = 0
     for example in dataset.examples:
-        losses = completion_losses(model, example, example.choices)
-        right = example.choices.index(example.completion)
-        by_sum += min(range(len(losses)), key=lambda i: losses[i].sum()) == right
-        by_mean += min(range(len(losses)), key=lambda i: losses[i].mean()) == right
+        best, best_normalised = most_probable(model, example, example.choices)
+        by_sum += best == example.completion
+        by_mean += best_normalised == example.completion
     count = len(dataset)
     return {"accuracy": by_sum / count, "accuracy_normalised": by_mean / count}
 
@@ -1212,74 +1227,38 @@ def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
     return right / len(dataset)
 
 
-def holds_examples(files: Sequence[Path]) -> bool:
-    """Whether these are files of examples, not texts."""
-    if files[0].suffix.lower() not in RECORD_FORMATS:
-        return False
-    return isinstance(next(read_records(files[0])), Example)
-
-
-def load_examples(files: Sequence[Path]) -> list[Example]:
-    """All examples of these files."""
-    examples = []
-    for path in files:
-        for example in read_records(path) if path.suffix.lower() in RECORD_FORMATS else [""]:
-            if not isinstance(example, Example):
-                raise BadFile(f"{path} holds texts: they cannot be joined with examples")
-            check_blanks(example.prompt + example.completion, path)
-            examples.append(example)
-    return examples
-
-
-def to_measure(data: str, context_length: int) -> Any:
-    """A whole file as a data set to score; a text shorter than the context is one window."""
-    files = find_files(data)
-    if holds_examples(files):
-        return CompletionDataset(load_examples(files), context_length)
-    ids = load_tokens(files)
-    if len(ids) < 2:
-        raise BadFile(f"{data} has one token: there is nothing to predict")
-    return TextDataset(ids, min(context_length, len(ids) - 1))
-
-
-def hold_back_examples(config: dict, examples: list[Example], share: float) -> tuple[Any, Any]:
-    """Data sets to train and to validate on: a share of the examples, drawn by the seed."""
-    order = order_of_epoch(len(examples), mix_seeds(config["seed"], 0))  # files may be sorted
-    examples = [examples[i] for i in order.tolist()]
-    n_val = math.ceil(len(examples) * share)
-    if n_val == len(examples):
-        raise ValueError(f"{config['data']} leaves no example to train on: lower val_fraction")
-    parts = (examples[n_val:], examples[:n_val])
-    train_set, val_set = (CompletionDataset(part, config["context_length"]) for part in parts)
-    return train_set, val_set or None
-
-
-def hold_back_text(config: dict, ids: Tensor, share: float) -> tuple[Any, Any]:
-    """Data sets to train and to validate on: the end of a text."""
-    context = config["context_length"]
-    n_val = min(math.ceil(len(ids) * share), config["max_val_tokens"])
-    n_train = len(ids) - n_val
-    if n_train <= context or n_val == 1:
-        counts = f"{config['data']} has {n_train:,} tokens to train on and {n_val:,} to validate"
-        raise ValueError(
-            f"{counts}: too few for context_length {context}; lower that or val_fraction"
-        )
-    train_set = TextDataset(ids[:n_train], context, config["stride"] or max(1, context // 2))
-    val_set = TextDataset(ids[n_train:], min(context, n_val - 1)) if n_val else None
-    return train_set, val_set
+def to_measure(data: Tensor | list[Example], context_length: int, name: str) -> Any:
+    """A data set to score; a text shorter than the context is one window."""
+    if isinstance(data, list):
+        return CompletionDataset(data, context_length)
+    if len(data) < 2:
+        raise BadFile(f"{name} has one token to measure: there is nothing to predict")
+    return TextDataset(data, min(context_length, len(data) - 1))
 
 
 def load_data(config: dict) -> tuple[Any, Any]:
     """The data sets of a config, to train on and to validate on (or None)."""
-    files = find_files(config["data"])
-    share = 0.0 if config["val_data"] else config["val_fraction"]
-    if holds_examples(files):
-        train_set, val_set = hold_back_examples(config, load_examples(files), share)
+    name, context = config["data"], config["context_length"]
+    data = read_data(name)
+    n_val = 0 if config["val_data"] else math.ceil(len(data) * config["val_fraction"])
+    if isinstance(data, list):  # files of examples may be sorted: hold back random ones
+        order = order_of_epoch(len(data), mix_seeds(config["seed"], 0))
+        data = [data[i] for i in order.tolist()]
     else:
-        train_set, val_set = hold_back_text(config, load_tokens(files), share)
+        n_val = min(n_val, config["max_val_tokens"])
+
+    n_train = len(data) - n_val
+    if n_train == 0:
+        raise ValueError(f"{name} leaves nothing to train on: lower val_fraction")
+    train_set: Any
+    if isinstance(data, list):
+        train_set = CompletionDataset(data[:n_train], context)
+    else:
+        train_set = TextDataset(data[:n_train], context, config["stride"] or max(1, context // 2))
+
     if config["val_data"]:
-        val_set = to_measure(config["val_data"], config["context_length"])
-    return train_set, val_set
+        return train_set, to_measure(read_data(config["val_data"]), context, config["val_data"])
+    return train_set, to_measure(data[n_train:], context, name) if n_val else None
 
 
 # ---- 9. Runs: checking a config, the machine, the state of a run, whole files, going on ----
@@ -1518,13 +1497,7 @@ RESUME_SAYS_CHANGE = (  # from there on, it is another run than the one that was
     *("epochs", "schedule_steps", "learning_rate", "min_learning_rate", "warmup_steps"),
 )
 INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}  # forgets little
-STATE: dict[str, type[int] | type[float]] = {
-    "step": int,
-    "tokens_seen": int,
-    "best_step": int,
-    "best_val_loss": float,
-    "stale": int,
-}
+STATE = ("step", "tokens_seen", "best_step", "best_val_loss", "stale")  # of Run, in checkpoints
 
 
 @dataclasses.dataclass
@@ -1562,6 +1535,9 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to come, until the last, or until patience ends."""
+        log.info(f"run       from step {self.step + 1} to {self.last_step}")
+        if self.config["compile"]:
+            log.info("compile   the first steps take a minute")
         while self.step < self.last_step:
             if 0 < self.config["patience"] <= self.stale:
                 log.info(f"stopped   {self.stale} measurements brought no lower validation loss")
@@ -1736,9 +1712,8 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115, the run closes it
     except OSError as error:
-        raise OSError(
-            f"cannot write into {folder}: {error.strerror}; give another --out"
-        ) from error
+        problem = f"cannot write into {folder}: {error.strerror}"
+        raise OSError(f"{problem}; give another --out") from error
     try:
         lock(metrics)
     except (BlockingIOError, PermissionError) as error:
@@ -1749,13 +1724,11 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
 
 def cut_metrics(metrics: IO[bytes], step: int) -> None:
     """Take away the rows after this step, and half a row: a resumed run writes them again."""
-    end = last = 0
     metrics.seek(0)
-    while (line := metrics.readline()).endswith(b"\n") and json.loads(line)["step"] <= step:
-        end, last = metrics.tell(), json.loads(line)["step"]
-    metrics.truncate(end)
-    if last != step:
-        log.warning(f"metrics.jsonl holds the steps to {last} only; the run goes on after {step}")
+    rows = [line for line in metrics if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    metrics.truncate(sum(map(len, rows)))
+    if len(rows) != step:
+        log.warning(f"metrics.jsonl holds {len(rows)} rows only; the run goes on after step {step}")
 
 
 def resumed_config(old: dict, given: dict) -> dict:
@@ -1811,9 +1784,9 @@ def load_run(path: Path) -> dict:
     if "version" not in checkpoint:
         advice = f"go on with --init {path} and another --out"
         raise BadFile(f"{path} is of an earlier version, which cut its data differently: {advice}")
-    for key, kind in STATE.items():
-        value = checkpoint.get(key)
-        if not isinstance(value, kind) or value < 0:
+    for key in STATE:
+        value = checkpoint.get(key, -1)
+        if type(value) is not type(getattr(Run, key)) or value < 0:  # as Run's default is
             raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
     if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
         raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
@@ -1844,10 +1817,9 @@ def go_on(run: Run, checkpoint: dict) -> None:
         advice = f"give that, or begin a new run with --init {last} and another --out"
         raise ValueError(f"{run.config['data']} is not what this run was trained on: {advice}")
     if checkpoint["items_per_step"] != run.items_per_step:
-        rule = (
-            f"batch_size × grad_accumulation × processes must stay {checkpoint['items_per_step']}"
-        )
-        raise ValueError(f"{rule} in a resumed run, and would be {run.items_per_step}")
+        old = checkpoint["items_per_step"]
+        rule = f"batch_size × grad_accumulation × processes must stay {old} in a resumed run"
+        raise ValueError(f"{rule}, and would be {run.items_per_step}")
     for key in STATE:
         setattr(run, key, checkpoint[key])
     if run.step >= run.last_step:
@@ -1890,11 +1862,12 @@ def start_run(
     checkpoint = load_run(folder / "last.pt") if resume and folder else {}
     config = resumed_config(checkpoint["config"], given) if resume else CONFIG | given
     files = find_files(config["data"])
+    if config["val_data"]:
+        find_files(config["val_data"])
     machine = Machine(config["device"], config["precision"])
 
-    with (
-        contextlib.ExitStack() as stack
-    ):  # if anything fails from here on, the folder is free again
+    # The lock is the run's: it is given back here only if anything fails from here on.
+    with contextlib.ExitStack() as stack:
         metrics = None
         if folder and machine.rank == 0:
             metrics = stack.enter_context(open_folder(folder, resume, overwrite))
@@ -1924,13 +1897,12 @@ def start_run(
 
 # ---- 10. Pretrained: the same model under other names, in other people's files ----
 
-OPENAI = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "dropout_rate": 0.1}
+ALIKE = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "dropout_rate": 0.1}
 OPENAI_SIZES = {  # GPT-2 paper, table 2; the rates are GPT-3's for models of such sizes, table 2.1
-    "gpt2": OPENAI | {"n_layers": 12, "n_heads": 12, "emb_dim": 768, "learning_rate": 6e-4},
-    "gpt2-medium": OPENAI | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024, "learning_rate": 3e-4},
-    "gpt2-large": OPENAI
-    | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280, "learning_rate": 2.5e-4},
-    "gpt2-xl": OPENAI | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600, "learning_rate": 2e-4},
+    "gpt2": ALIKE | {"n_layers": 12, "n_heads": 12, "emb_dim": 768, "learning_rate": 6e-4},
+    "gpt2-medium": ALIKE | {"n_layers": 24, "n_heads": 16, "emb_dim": 1024, "learning_rate": 3e-4},
+    "gpt2-large": ALIKE | {"n_layers": 36, "n_heads": 20, "emb_dim": 1280, "learning_rate": 2.5e-4},
+    "gpt2-xl": ALIKE | {"n_layers": 48, "n_heads": 25, "emb_dim": 1600, "learning_rate": 2e-4},
 }
 
 CONFIG_NAMES = {  # ours -> Hugging Face's
@@ -1976,9 +1948,7 @@ def hugging_face_names(n_layers: int) -> dict[str, str]:
 class WithoutFirstValues(TorchFunctionMode):
     """Inside, nothing is drawn for new modules: their values are about to come from a file."""
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
@@ -1990,10 +1960,11 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-def build_model(config: dict, weights: dict[str, Tensor]) -> GPT2:
+def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = False) -> GPT2:
     """A model with these weights, under our names, copied to float32 in memory of its own.
 
-    ValueError, before anything is built, unless names and shapes are those of the config.
+    ValueError, before anything is built, unless names and shapes are those of the config; with
+    `zero_biases`, a bias may be missing.
     """
     config = check_config(config, MODEL_KEYS)
     if config["n_layers"] > len(weights):
@@ -2002,6 +1973,9 @@ def build_model(config: dict, weights: dict[str, Tensor]) -> GPT2:
         model = GPT2(config)
     expected = dict(model.named_parameters())
     weights = {name: tensor for name, tensor in weights.items() if name != "head.weight"}
+    if zero_biases:
+        biases = {name: p for name, p in expected.items() if name.endswith(".bias")}
+        weights = {name: torch.zeros(p.shape) for name, p in biases.items()} | weights
     if odd := sorted(expected.keys() ^ weights.keys()):
         raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'unknown'}")
 
@@ -2014,15 +1988,6 @@ def build_model(config: dict, weights: dict[str, Tensor]) -> GPT2:
     model.load_state_dict(copies, strict=False, assign=True)
     model.head.weight = model.token_embedding.weight
     return model
-
-
-def with_zero_biases(weights: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
-    """Weights under our names in which a bias that is missing is zero."""
-    for name in hugging_face_names(n_layers):
-        weight = weights.get(name.removesuffix("bias") + "weight")
-        if weight is not None and name not in weights:
-            weights[name] = torch.zeros(len(weight))
-    return weights
 
 
 def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) -> GPT2:
@@ -2053,7 +2018,7 @@ def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
         names.get(name, name): tensor.t() if transposed and TRANSPOSED.match(name) else tensor
         for name, tensor in found.items()
     }
-    return build_model(config, weights if transposed else with_zero_biases(weights, n_layers))
+    return build_model(config, weights, zero_biases=not transposed)
 
 
 # Reading files and folders.
@@ -2202,10 +2167,8 @@ def find_model(name_or_path: str | Path) -> Path | None:
     if path.exists():
         return path
     if not named:
-        names = ", ".join(OPENAI_SIZES)
-        raise FileNotFoundError(
-            f"there is no model {str(path)!r}: train one, or give one of {names}"
-        )
+        advice = f"train one, or give one of {', '.join(OPENAI_SIZES)}"
+        raise FileNotFoundError(f"there is no model {str(path)!r}: {advice}")
     return None
 
 
@@ -2258,7 +2221,7 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     if any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: give a new folder")
     config = dict(model.config)
-    weights = with_zero_biases(dict(model.named_parameters()), config["n_layers"])
+    weights = dict[str, Tensor](model.named_parameters())
     n_tokens = load_tokenizer().n_vocab
     if config["vocab_size"] > n_tokens:  # padded for speed: the tokens beyond are nobody's
         config["vocab_size"] = n_tokens
@@ -2267,7 +2230,8 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
 
     tensors = {}
     for ours, theirs in hugging_face_names(config["n_layers"]).items():
-        tensor = weights[ours].detach().float().cpu()
+        # A model without qkv_bias has none of these; added zeros change nothing.
+        tensor = weights.get(ours, torch.zeros(3 * config["emb_dim"])).detach().float().cpu()
         tensors[theirs] = tensor.t() if TRANSPOSED.match(theirs) else tensor
 
     files = {name: json.dumps(said, indent=2) for name, said in folder_files(config).items()}
@@ -2302,9 +2266,8 @@ class FewRowsLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         outputs, inputs = self.weight.shape
-        pieces = next(
-            n for n in range(48, 0, -1) if outputs % n == 0
-        )  # equal ones; more gain nothing
+        # 48 pieces are enough to keep all cores busy: more were measured, and gain nothing.
+        pieces = next(n for n in range(48, 0, -1) if outputs % n == 0)
         self.pieces = self.weight.detach().view(pieces, outputs // pieces, inputs)
         bias = torch.zeros(outputs) if self.bias is None else self.bias.detach()
         self.piece_bias = bias.view(pieces, 1, -1)
@@ -2456,13 +2419,13 @@ class Stop:
             os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
 
 
-def command_line(*words: object) -> str:
-    """A command that can be pasted: quoted, and with torchrun where that was used."""
+def resume_command(out: str) -> str:
+    """What goes on with a run, to be pasted: quoted, and with torchrun where that was used."""
     start = ["python", "gpt2.py"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         count = os.environ["LOCAL_WORLD_SIZE"]
         start = ["torchrun", "--standalone", f"--nproc_per_node={count}", "gpt2.py"]
-    return shlex.join([*start, *map(str, words)])
+    return shlex.join([*start, "train", "--resume", "--out", out])
 
 
 def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
@@ -2499,9 +2462,8 @@ def run_train(args: argparse.Namespace) -> None:
     keep_freed_memory()
     given = training_settings(args)
     resume = args.resume or (args.auto_resume and Path(args.out, "last.pt").exists())
-    run = train(
-        given, out=args.out, init=args.init or None, resume=resume, overwrite=args.overwrite
-    )
+    init = args.init or None
+    run = train(given, out=args.out, init=init, resume=resume, overwrite=args.overwrite)
 
     stop, stopped = None, False
     rates: list[float] = []
@@ -2524,8 +2486,7 @@ def run_train(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if stopped:
         if first:
-            again = command_line("train", "--resume", "--out", args.out)
-            log.info(f"saved step {row['step']}; go on with: {again}")
+            log.info(f"saved step {row['step']}; go on with: {resume_command(args.out)}")
         raise SystemExit(128 + (stop.signal or signal.SIGTERM) if stop else 1)
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved
         signal.signal(number, signal.default_int_handler)
@@ -2544,13 +2505,14 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
         when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
         log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
 
-    model, prompt = find_model(folder), []
-    files_of_data = find_files(state["config"]["data"])
-    if holds_examples(files_of_data):
+    model, data = find_model(folder), read_data(state["config"]["data"])
+    prompt = []
+    if isinstance(data, list):
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
-        prompt = [load_examples(files_of_data)[0].prompt]
-    log.info(f"next      {command_line('generate', '--model', model, *prompt)}")
+        prompt = [data[0].prompt]
+    words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
+    log.info(f"next      {shlex.join(words)}")
 
 
 def load_for_use(args: argparse.Namespace) -> GPT2:
@@ -2579,16 +2541,15 @@ class Reply:
         self.stops = stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.text = ""
+        self.shown = 0  # characters of the text
         self.tokens = 0
         self.ended = ""  # "end", "stop", or in the end "length"
 
     def add(self, token: int) -> None:
         """Take the next token, unless the reply has ended."""
         tokenizer = load_tokenizer()
-        if self.ended:
-            return
-        if token == tokenizer.eot_token:
-            self.ended = "end"
+        if self.ended or token == tokenizer.eot_token:
+            self.ended = self.ended or "end"
             return
         self.tokens += 1
         if token < tokenizer.eot_token:  # a padded vocabulary has tokens beyond
@@ -2604,10 +2565,11 @@ class Reply:
             self.text += self.decoder.decode(b"", final=True)
         self.ended = self.ended or "length"
 
-    def certain(self) -> str:
-        """The text so far without a tail in which a stop text may have begun."""
-        tail = max(map(len, self.stops), default=1) - 1
-        return self.text if self.ended else self.text[: max(0, len(self.text) - tail)]
+    def news(self) -> str:
+        """What is certain and was not shown yet: a stop text may have begun in the tail."""
+        tail = 0 if self.ended else max(map(len, self.stops), default=1) - 1
+        begin, self.shown = self.shown, max(self.shown, len(self.text) - tail)
+        return self.text[begin : self.shown]
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
@@ -2619,9 +2581,8 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
             if line.lstrip().startswith("{"):
                 try:
                     yield text_of(json.loads(line), "prompt")
-                except (json.JSONDecodeError, StopIteration) as error:
-                    message = f"{args.prompts}, prompt {number}: not JSON with a 'prompt'"
-                    raise BadFile(message) from error
+                except ValueError as error:
+                    raise BadFile(f"{args.prompts}, prompt {number}: {error}") from error
             else:
                 yield line.removesuffix("\r")
     elif args.prompt == ["-"] or (not args.prompt and is_piped(sys.stdin)):
@@ -2645,6 +2606,7 @@ def sampling_options(args: argparse.Namespace) -> dict:
     draws = args.do_sample or args.given.keys() & {"temperature", "top_k", "top_p"}
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     check_sampling(**options)
+    check_value("seed", args.seed)
     for name in ("max_tokens", "num_samples"):
         if vars(args)[name] < 1:
             raise ValueError(f"{name} is {vars(args)[name]}; it must be 1 or more")
@@ -2688,19 +2650,15 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     replies = [Reply(args.stop) for _ in range(args.num_samples)]
     before = "" if args.instruct or args.only_new else prompt
     streams = len(replies) == 1 and not args.json
-    shown = 0
 
     def write(text: str) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def on_token(new: Tensor) -> bool:
-        nonlocal shown
         for reply, token in zip(replies, new.flatten().tolist(), strict=True):
             reply.add(token)
         if streams:
-            certain = replies[0].certain()
-            write(certain[shown:])
-            shown = len(certain)
+            write(replies[0].news())
         else:
             progress.info(f"{max(reply.tokens for reply in replies)} tokens")
         return all(reply.ended for reply in replies)
@@ -2720,7 +2678,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
             row = {"prompt": prompt, "text": reply.text, "tokens": reply.tokens}
             write(json.dumps(row | {"seconds": round(seconds, 3), "ended": reply.ended}) + "\n")
         elif streams:
-            write(reply.text[shown:] + "\n")
+            write(reply.news() + "\n")
         else:
             write(f"--- sample {i} of {len(replies)} ---\n{before}{reply.text}\n")
     count = sum(reply.tokens for reply in replies)
@@ -2743,7 +2701,7 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
         part = "the part held back" if val_set else "all of it"
         log.info(f"data      the model was trained on this: measuring {part}")
         return val_set or train_set, labels
-    dataset = to_measure(args.data, context_length)
+    dataset = to_measure(read_data(args.data), context_length, args.data)
     log.info(f"data      {args.data}: {dataset.size()}")
     return dataset, labels
 
@@ -2751,6 +2709,7 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
 def run_eval(args: argparse.Namespace) -> None:
     """Print loss, perplexity and what else can be said of the data."""
     check_value("stride", args.stride)
+    find_files(args.data)  # before a model is loaded
     model = load_for_use(args)
     context = model.config["context_length"]
     dataset, labels = data_to_measure(args, context)
@@ -2776,9 +2735,7 @@ def run_tokenize(args: argparse.Namespace) -> None:
     """Write the tokens of texts into one file, which `train --data` maps."""
     *names, out = args.files
     if not names or Path(out).suffix != ".bin":
-        raise ValueError(
-            f"give one or more texts, then the file to write: {out} does not end in .bin"
-        )
+        raise ValueError(f"give texts, then the file to write: {out} does not end in .bin")
     files = [path for name in names for path in find_files(name)]
     write_file(Path(out), lambda file: tokenize(files, file))
     log.info(f"wrote {out}: {Path(out).stat().st_size // 2:,} tokens")
@@ -2861,7 +2818,7 @@ OPTIONS = {
         "only_new": "print the text without its prompt",
     },
     "machine": {
-        "seed": "where all random numbers start; the same seed gives the same",
+        "seed": "where all random numbers start (default: 42; to generate, a new one each time)",
         "device": "auto, cpu, cuda, mps or xpu",
         "precision": "auto, fp32, bf16 or fp16; for generate and eval also int8",
         "compile": "train through torch.compile",
@@ -2917,7 +2874,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: --(\w+)", message)
-        near = difflib.get_close_matches(unknown[1], DEFAULTS, n=1) if unknown else []
+        typed = unknown[1] if unknown else ""
+        near = difflib.get_close_matches(typed, DEFAULTS.keys() - {typed}, n=1)
         hint = f"; did you mean --{near[0]}?" if near else ""
         self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}{hint}") + "\n")
 
@@ -2932,8 +2890,9 @@ def add_option(group: Any, key: str, meaning: str) -> None:
     else:
         how = {"type": type(default), "metavar": type(default).__name__.upper()}
     names = [f"--{key}", "--lr"] if key == "learning_rate" else [f"--{key}"]
-    shown = "" if default in ("", None, [], False) else f" (default: {default})"
-    group.add_argument(*names, default=argparse.SUPPRESS, help=meaning + shown, **how)
+    if default not in ("", None, []) and default is not False and "default" not in meaning:
+        meaning += f" (default: {default})"
+    group.add_argument(*names, default=argparse.SUPPRESS, help=meaning, **how)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -2956,7 +2915,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command with their defaults; those that were given are in `.given`."""
     words = [  # --learning-rate is --learning_rate; argparse itself makes --no-compile
-        re.sub(r"^--(?!no-)[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        re.sub(r"^(--(?:no-)?)([\w-]+)", lambda name: name[1] + name[2].replace("-", "_"), word)
         for word in words
     ]
     given = vars(make_parser().parse_args(words))
@@ -2970,10 +2929,8 @@ def what_went_wrong(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)):
         return text
-    if isinstance(error, MemoryError) or "memory" in text.lower():
-        return (
-            "out of memory: lower batch_size (raise grad_accumulation), context_length or emb_dim"
-        )
+    if isinstance(error, MemoryError) or re.search("out of memory|n't allocate memory", text):
+        return "out of memory: lower batch_size, context_length or emb_dim"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: leave --compile out, or mend this: {text:.200}"
     return None
