@@ -1520,6 +1520,7 @@ class Run:
     best_step: int = 0
     best_val_loss: float = math.inf  # the lowest, after best_step
     stale: int = 0  # measurements since then
+    kept_best: tuple[float, int] = (math.inf, 0)  # of the best.pt that was written
     saved_step: int = -1  # of last.pt, or of the last attempt
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     step_began: float = 0.0
@@ -1539,7 +1540,8 @@ class Run:
         if self.config["compile"]:
             log.info("compile   the first steps take a minute")
         while self.step < self.last_step:
-            if 0 < self.config["patience"] <= self.stale:
+            patience = self.config["patience"]  # of all processes: they must stop together
+            if patience and self.machine.sum(self.stale) >= patience * self.machine.world:
                 log.info(f"stopped   {self.stale} measurements brought no lower validation loss")
                 return
             self.step_began = time.perf_counter()
@@ -1572,8 +1574,10 @@ class Run:
         }
 
     def record(self, row: dict) -> None:
-        """Append a row to metrics.jsonl, and remember how the validation loss goes."""
-        if row.get("val_loss", math.inf) < self.best_val_loss:
+        """Append a row to metrics.jsonl. A measurement lower than all before is the best."""
+        if not math.isfinite(row.get("val_loss", 0.0)):
+            row["val_loss"] = None  # fp16 overflowed: JSON has no NaN
+        elif row.get("val_loss", math.inf) < self.best_val_loss:
             self.best_val_loss, self.best_step, self.stale = row["val_loss"], self.step, 0
         elif "val_loss" in row:
             self.stale += 1
@@ -1603,10 +1607,12 @@ class Run:
     def measure_start(self) -> None:
         """Measure the model that a run begins with: best.pt is never worse than it."""
         with self.machine.autocast():
-            self.best_val_loss = evaluate(self.model, self.validation_batches(), self.machine)
-        log.info(f"start     validation {self.best_val_loss:.3f}, before the first step")
+            loss = evaluate(self.model, self.validation_batches(), self.machine)
+        log.info(f"start     validation {loss:.3f}, before the first step")
+        self.best_val_loss = loss if math.isfinite(loss) else math.inf
         if self.folder and self.metrics:
             save_checkpoint(self.folder / "best.pt", self.checkpoint())
+        self.kept_best = (self.best_val_loss, self.best_step)
 
     def checkpoint(self) -> dict:
         """The weights, and what is known of them."""
@@ -1625,6 +1631,7 @@ class Run:
             checkpoint = self.checkpoint()
             if self.best_val_loss < math.inf and self.best_step == self.step:
                 save_checkpoint(self.folder / "best.pt", checkpoint)
+                self.kept_best = (self.best_val_loss, self.best_step)
             if self.best_val_loss == math.inf:  # best.pt is of a run that this one replaces
                 (self.folder / "best.pt").unlink(missing_ok=True)
 
@@ -1634,12 +1641,15 @@ class Run:
             save_checkpoint(self.folder / "last.pt", checkpoint)
         except OSError as error:
             self.failed = True
+            self.best_val_loss, self.best_step = self.kept_best  # a later one may be as good
             log.warning(f"step {self.step} was not saved: {error}")
 
     def finish(self) -> None:
         """Save what is not saved yet, and draw the losses. OSError if the last save failed."""
         if self.saved_step != self.step:
             self.save()
+        if self.machine.skipped:
+            log.warning(f"the last {self.machine.skipped} steps were skipped: fp16 overflowed")
         if self.folder and self.metrics:
             try:
                 draw = functools.partial(plot_losses, self.folder / "metrics.jsonl")
@@ -1668,7 +1678,7 @@ def plot_losses(metrics: Path, file: IO[bytes]) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text("utf-8").split("\n") if line]
     trained = [(row["step"], row["train_loss"]) for row in rows]
-    measured = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss")]
 
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -1724,11 +1734,16 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
 
 def cut_metrics(metrics: IO[bytes], step: int) -> None:
     """Take away the rows after this step, and half a row: a resumed run writes them again."""
+    kept = size = 0
     metrics.seek(0)
-    rows = [line for line in metrics if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    metrics.truncate(sum(map(len, rows)))
-    if len(rows) != step:
-        log.warning(f"metrics.jsonl holds {len(rows)} rows only; the run goes on after step {step}")
+    with contextlib.suppress(ValueError, TypeError, LookupError):  # a damaged row ends them, too
+        for line in metrics:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept, size = kept + 1, size + len(line)
+    metrics.truncate(size)
+    if kept != step:
+        log.warning(f"metrics.jsonl holds {kept} rows only; the run goes on after step {step}")
 
 
 def resumed_config(old: dict, given: dict) -> dict:
@@ -1822,23 +1837,25 @@ def go_on(run: Run, checkpoint: dict) -> None:
         raise ValueError(f"{rule}, and would be {run.items_per_step}")
     for key in STATE:
         setattr(run, key, checkpoint[key])
+    run.kept_best = (run.best_val_loss, run.best_step)
     if run.step >= run.last_step:
         advice = f"--max_steps 0 goes on to the end, step {run.total_steps}"
         if run.step >= run.total_steps:
-            epochs = 2 * math.ceil(run.step / run.steps_per_epoch)
-            advice = f"a longer run, with the schedule of that, is --epochs {epochs}"
+            key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
+            longer = f"--max_steps 0 --{key} {2 * run.config[key]:g}"
+            advice = f"a longer run, with the schedule of that, is {longer}"
         raise ValueError(f"the run in {run.folder} is finished, at step {run.step}: {advice}")
 
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.machine.scaler.load_state_dict(checkpoint["scaler"])
+        for parameter, state in run.optimizer.state.items():
+            layout = (parameter.shape, parameter.stride())
+            for value in state.values():  # a fused step would write past a moment that is smaller
+                if value.dim() > 0 and (value.shape, value.stride()) != layout:
+                    raise ValueError("a moment and its parameter differ in shape")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise BadFile(f"{last} is damaged: its optimizer does not fit its model") from error
-    for parameter, state in run.optimizer.state.items():
-        for name, value in state.items():  # a fused step would write past a moment that is smaller
-            fits = (value.shape, value.stride()) == (parameter.shape, parameter.stride())
-            if value.dim() > 0 and not fits:
-                raise BadFile(f"{last} is damaged: {name} differs in shape from its parameter")
 
     if run.metrics:
         cut_metrics(run.metrics, run.step)
@@ -2431,7 +2448,7 @@ def resume_command(out: str) -> str:
 def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
     """The line of a step: live, or as a note with a sample below it where there is one."""
     loss = "skipped" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
-    val_loss = f"  validation {row['val_loss']:.3f}" if "val_loss" in row else ""
+    val_loss = f"  validation {row['val_loss']:.3f}" if row.get("val_loss") else ""
     line = (
         f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {loss}{val_loss}  "
         f"{sum(rates) / len(rates):,.0f} tokens/s  {duration(seconds_left)} left"
