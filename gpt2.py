@@ -135,6 +135,7 @@ class MultiHeadAttention(nn.Module):
         keys = self.split_heads(keys)  # (B, H, T, D)
         values = self.split_heads(values)  # (B, H, T, D)
 
+        # The scores, the mask, softmax and the weighted sum of values: see the docstring.
         if cache is None:
             dropout_rate = self.dropout.p if self.training else 0.0
             heads = F.scaled_dot_product_attention(
@@ -263,6 +264,7 @@ class GPT2(nn.Module):
         if end > self.config["context_length"]:
             raise ValueError(f"{end} tokens, above context_length {self.config['context_length']}")
 
+        # Attention alone does not know the order of tokens: so each gets a vector for its position.
         positions = torch.arange(past, end, device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.dropout(x)
@@ -344,6 +346,7 @@ class GPTDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        # The first and the last window are pushed inside the text, where an offset moved them out.
         start = min(max(0, index * self.stride - self.offset), self.last_start)
         window = self.token_ids[start : start + self.context_length + 1].long()  # (T + 1,)
         return window[:-1], window[1:]
@@ -414,15 +417,18 @@ def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
     highest = config["learning_rate"]
     lowest = min(config["min_learning_rate"], highest)
     warmup_steps = min(config["warmup_steps"], total_steps // 4)
+    # AdamW knows nothing of the gradients' sizes yet, so the first steps must be small.
     if step <= warmup_steps:
         return highest * step / warmup_steps
 
+    # Large steps find the valley, small ones its bottom.
     progress = (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to 1
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
+    # Decay keeps matrices small, which are most of the model, and so its functions smooth.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
@@ -452,6 +458,7 @@ def batches_of_step(
     seed = mix_seeds(config["seed"], epoch)
     items = train_set.for_epoch(seed)  # windows are cut elsewhere in each epoch
 
+    # The share of this step, and of it every `world`-th item, beginning with the rank.
     order = order_of_epoch(len(items), seed)
     share = order[position * per_step : (position + 1) * per_step][rank::world]
     chosen = [items[i] for i in share.tolist()]
@@ -482,6 +489,7 @@ def train_step(
     Batches are (x (B, T), y (B, T)). Their gradients add up before the optimizer steps once: it
     is the step of one big batch, in the memory of a small one.
     """
+    # How many targets the whole step has, in all batches of all processes.
     n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
     total = torch.zeros((), device=machine.device)
 
@@ -559,6 +567,7 @@ def train(
             loss, norm = train_step(run.network, run.optimizer, batches, machine, clip)
             row = run.count_step(batches, loss, learning_rate, norm)
 
+            # What is due after this step. best.pt is written after each lowest measurement.
             evaluate_now = run.val_set is not None and run.is_due("eval_every")
             sample_now = run.is_due("eval_every") or step == run.last_step
             save_now = run.is_due("checkpoint_every")
@@ -568,6 +577,7 @@ def train(
                     row["val_loss"] = evaluate(model, run.validation_batches(), machine)
                 save_now |= row["val_loss"] < run.best_val_loss
 
+            # The row first: a saved step is never missing in metrics.jsonl.
             run.record(row)
             if save_now:
                 run.save()
@@ -662,6 +672,7 @@ def next_token_probabilities(
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
+    # Softmax does not change when all logits move together.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
@@ -715,14 +726,18 @@ def generate(
 
     with evaluating(model):
         for count in range(max_new_tokens):
+            # The context is full: forget all but its last half.
             if idx.size(1) - start > context:
                 start = idx.size(1) - max(1, context // 2)
                 cache = None
 
+            # A cache has read all but the newest token. Without one, the model reads the whole
+            # window.
             unread = idx[:, start:] if cache is None else idx[:, -1:]
             if use_cache and cache is None:
                 cache = [KeyValueCache(context) for _ in model.blocks]
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
+            # Looking at numbers makes an accelerator wait: so do it once in a while.
             if count % 16 == 0 and not logits.amax(dim=-1).isfinite().all():  # NaN if one is
                 raise ValueError("NaN or infinite logits: the weights are damaged, or overflow")
 
@@ -730,6 +745,7 @@ def generate(
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 new = draw(next_token_probabilities(logits, temperature, top_k, top_p), generator)
+            # A row that has ended stays ended, while others go on.
             if eos_id is not None:
                 new = new.masked_fill(ended, eos_id)
                 ended |= new == eos_id
@@ -805,6 +821,8 @@ def read_text(path: Path) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
             while block := file.read(1 << 20):
+                # Up to the last safe place, the block is done; what follows waits for the next
+                # block.
                 if cut := SAFE_CUT.match(block):
                     yield rest + cut.group()
                     rest = ""
@@ -830,6 +848,7 @@ def not_utf8(path: Path) -> BadFile:
 
 def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
     """(place, record) for each entry of a JSON list, or each line with a JSON object."""
+    # Both are called .json and .jsonl by people: the first character decides.
     is_list = file.read(1000).lstrip().startswith("[")
     file.seek(0)
     if is_list:
@@ -846,6 +865,7 @@ def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 def read_table(file: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
     """(place, record) for each row of a table whose first row names the columns."""
+    # The library knows quotes, and line ends within them.
     rows = csv.DictReader(file, delimiter=delimiter)
     for row in rows:
         if None in row:  # where DictReader puts what has no column
@@ -953,6 +973,7 @@ def find_files(data: str) -> list[Path]:
     A file may also lie beside gpt2.py. FileNotFoundError where nothing is found.
     """
     found: list[Path] = []
+    # A name with a comma may be one file; otherwise commas separate several.
     for name in [data] if Path(data).exists() else data.split(","):
         places = [path for path in (Path(name), HERE / name) if name and path.exists()]
         if not places:
@@ -1008,6 +1029,7 @@ def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
     encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
     started, count = time.perf_counter(), 0
     pieces = text_pieces(files)
+    # Thirty-two pieces keep all cores busy, and bound the memory.
     while group := list(itertools.islice(pieces, 32)):
         for ids in encode(group, allowed_special="all"):
             out.write(array("H", ids).tobytes())
@@ -1023,6 +1045,7 @@ def map_tokens(path: Path) -> Tensor:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise BadFile(f"{path} has {size} bytes: not tokens of two bytes each")
+    # Mapped, not read: a corpus larger than the memory can be trained on.
     tokens = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
     if (highest := int(tokens[: 1 << 20].int().max())) >= CONFIG["vocab_size"]:
         raise BadFile(f"{path} holds token {highest}: these are not GPT-2's tokens")
@@ -1062,6 +1085,7 @@ class TextDataset(GPTDataset):
 
     def for_epoch(self, seed: int) -> GPTDataset:
         """Windows that are cut elsewhere than in other epochs, or the cuts would be learnt."""
+        # An offset is never 0, so that each epoch has the same number of windows.
         offset = 1 + seed % self.stride
         return GPTDataset(self.token_ids, self.context_length, self.stride, offset)
 
@@ -1080,6 +1104,7 @@ class TextDataset(GPTDataset):
     def sample_prompt(self) -> list[int]:
         """The first five tokens after blank lines."""
         ids = self.token_ids[:1000].tolist()
+        # A sample that begins with blank lines shows nothing.
         visible = (i for i, token in enumerate(ids) if load_tokenizer().decode([token]).strip())
         start = next(visible, 0)
         return ids[start : start + 5]
@@ -1112,6 +1137,7 @@ class CompletionDataset(list):
         rows = [self.tokens_of(example) for example in self.examples]
         super().__init__((x[-context_length:], y[-context_length:]) for x, y in rows)
 
+        # A prompt may lose its beginning, and that is said; a completion may not.
         self.lengths = [len(x) for x, _ in rows]
         longest = max((int((y != IGNORE_INDEX).sum()) for _, y in rows), default=0)
         if longest > context_length:
@@ -1125,6 +1151,7 @@ class CompletionDataset(list):
         end = load_tokenizer().eot_token
         prompt = encode(example.prompt) or [end]
         completion = encode(example.completion.removesuffix(END_OF_TEXT)) + [end] * example.end
+        # The last token of the prompt predicts the first of the completion.
         y = [IGNORE_INDEX] * (len(prompt) - 1) + completion
         return torch.tensor((prompt + completion)[:-1]), torch.tensor(y)
 
@@ -1363,6 +1390,7 @@ class Machine:
     def __init__(self, device: str = "auto", precision: str = "auto"):
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
+        # torchrun says in the environment how many processes it started.
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
             cuda = self.device.type == "cuda"
             if cuda:
@@ -1391,6 +1419,7 @@ class Machine:
         for i, (x, y) in enumerate(batches):
             if self.device.type == "cuda":  # pinned memory travels while the GPU computes
                 x, y = x.pin_memory(), y.pin_memory()
+            # Exchanging after every batch would be as right, and slower.
             later = self.world > 1 and i < len(batches) - 1
             with network.no_sync() if later else contextlib.nullcontext():
                 yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -1407,10 +1436,12 @@ class Machine:
         FloatingPointError where loss or gradient is not finite; with a scaler, which then skips
         the step and scales less, only after many such steps in a row.
         """
+        # The length of the gradient means something only without the scaler's factor.
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
 
+        # One overflow is an accident that the scaler mends; many are a learning rate too high.
         finite = math.isfinite(loss) and math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
@@ -1530,6 +1561,7 @@ class Run:
         config, world = self.config, self.machine.world
         self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
         self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
+        # A part of an epoch is allowed, and so is a run said in steps.
         of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
         self.total_steps = config["schedule_steps"] or of_epochs
         self.last_step = min(self.total_steps, config["max_steps"] or self.total_steps)
@@ -1549,7 +1581,9 @@ class Run:
 
     def is_due(self, key: str) -> bool:
         """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
+        # 0 means: once an epoch, but about ten times a run at least.
         often = self.config[key] or min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
+        # A step of a large model takes minutes: nobody is to lose more than ten of them.
         late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
         on_time = self.step % often == 0 or self.step == self.total_steps
         return on_time or (late and key == "checkpoint_every")
@@ -1624,10 +1658,13 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt, and best.pt after the lowest measurement. A failure is a warning."""
+        # Only the first process writes; the others count along.
         self.failed, self.saved_step, self.saved_at = False, self.step, time.monotonic()
         if not (self.folder and self.metrics):
             return
         try:
+            # best.pt before last.pt: whoever resumes from the one finds the other as good as it
+            # says.
             checkpoint = self.checkpoint()
             if self.best_val_loss < math.inf and self.best_step == self.step:
                 save_checkpoint(self.folder / "best.pt", checkpoint)
@@ -1720,6 +1757,7 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
         raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The same file proves that the folder can be written, and holds the lock.
         metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115, the run closes it
     except OSError as error:
         problem = f"cannot write into {folder}: {error.strerror}"
@@ -1750,6 +1788,7 @@ def resumed_config(old: dict, given: dict) -> dict:
     """The config of a run that goes on. ValueError for a change that makes another run."""
     old = check_config(CONFIG | old)
     changes = {key: value for key, value in given.items() if value != old[key]}
+    # A run keeps the precision that `auto` came to when it began.
     if changes.get("precision") == "auto":
         del changes["precision"]
     for key in changes.keys() - set(RESUME_MAY_CHANGE):
@@ -1766,6 +1805,7 @@ def new_config(given: dict, source: GPT2 | None) -> dict:
     if source is not None:
         fixed = {key: source.config[key] for key in MODEL_KEYS if key != "dropout_rate"}
         config = CONFIG | INIT_RECIPE | fixed | given
+        # A shorter context uses the first positions of the model.
         longest = fixed.pop("context_length")
         if config["context_length"] > longest:
             raise ValueError(f"context_length of the init model is {longest}: give no more")
@@ -1784,6 +1824,7 @@ def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> No
     with shapes_only():
         count = GPT2(config).num_parameters()
     log.info(f"model     {count:,} parameters, on {machine.device} in {machine.precision}")
+    # Weights, gradients and two moments, 4 bytes each; what a batch needs comes on top.
     needed, free = 16 * count, free_memory(machine.device)
     log.info(f"memory    {needed / 1e9:.1f} GB for weights, gradients and AdamW's two moments")
     if needed > free:
@@ -1821,6 +1862,7 @@ def start_model(config: dict, source: GPT2 | None, checkpoint: dict) -> GPT2:
     if frozen := [name for name, weight in source.named_parameters() if not weight.requires_grad]:
         raise ValueError(f"{frozen[0]} of the init model is frozen; a run trains all parameters")
     weights = source.state_dict()
+    # A copy: training does not change the model that it was given.
     positions = weights["position_embedding.weight"][: config["context_length"]]
     return build_model(config, weights | {"position_embedding.weight": positions})
 
@@ -1875,6 +1917,7 @@ def start_run(
     if resume and (out is None or overwrite or init is not None):
         raise ValueError("resume needs the folder of a run, and excludes init and overwrite")
     folder = Path(out) if out is not None else None
+    # Values, files and folder first: a mistake is not to be found after a long download.
     given = check_given(given)
     checkpoint = load_run(folder / "last.pt") if resume and folder else {}
     config = resumed_config(checkpoint["config"], given) if resume else CONFIG | given
@@ -1984,6 +2027,7 @@ def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = Fa
     `zero_biases`, a bias may be missing.
     """
     config = check_config(config, MODEL_KEYS)
+    # A hostile config could ask for a million layers: look before building.
     if config["n_layers"] > len(weights):
         raise ValueError(f"n_layers is {config['n_layers']}, but there are {len(weights)} tensors")
     with shapes_only():
@@ -2001,7 +2045,9 @@ def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = Fa
         wanted = list(expected[name].shape)
         if list(tensor.shape) != wanted:
             raise ValueError(f"{name} is {list(tensor.shape)}, by the config it is {wanted}")
+        # Memory of its own: the file may change, and its layout may be another.
         copies[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
+    # `assign` puts the copies in place of shapes without memory, which unties the head.
     model.load_state_dict(copies, strict=False, assign=True)
     model.head.weight = model.token_embedding.weight
     return model
@@ -2014,6 +2060,7 @@ def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        # torch.compile, DDP, FSDP and others put their names before ours.
         name = re.sub(r"^((_orig_mod|_?module|model|transformer)\.)+", "", name)
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the causal mask
             continue
@@ -2127,6 +2174,7 @@ def load_folder(folder: Path) -> GPT2:
         kind = "an adapter: merge it into its model" if adapter else "not a model: no config.json"
         raise BadFile(f"{folder} is {kind}")
     given = {"resid_pdrop": 0.1} | read_json_file(folder / "config.json")
+    # GPT-2's first configs say n_ctx only.
     given.setdefault("n_positions", given.get("n_ctx"))
     for key, allowed in FIXED_CONFIG.items():
         if given.get(key, allowed[0]) not in allowed:
@@ -2294,6 +2342,7 @@ class FewRowsLinear(nn.Module):
         if rows > 128:
             return F.linear(x, self.weight, self.bias)
         pieces = self.pieces  # (pieces, out / pieces, in)
+        # The same rows for every piece; `expand` copies nothing.
         same = x.reshape(rows, -1).expand(len(pieces), -1, -1)  # (pieces, rows, in), not copied
         if rows > 4:
             out = torch.baddbmm(self.piece_bias, same, pieces.mT)  # (pieces, rows, out / pieces)
@@ -2312,6 +2361,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()
+        # A scale for each row: one large weight costs precision in its own row only.
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
         self.weight = (weight / scale).round().to(torch.int8)  # (out, in)
         self.scale = scale.flatten().bfloat16()  # (out,)
@@ -2343,6 +2393,7 @@ def speed_up(model: GPT2, precision: str) -> GPT2:
     swap = {"fp32": FewRowsLinear, "int8": Int8Linear}.get(precision)
     if swap is None:
         return model
+    # Small matrices lie in the cache: there, nothing is gained in fp32.
     for module in list(model.modules()):
         for name, child in module.named_children():
             small = isinstance(child, nn.Linear) and child.weight.numel() < 100_000
@@ -2356,6 +2407,7 @@ def speed_up(model: GPT2, precision: str) -> GPT2:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory: the default run is 1.5 times as fast, GPT-2 124M 1.2 times."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc: macOS, Windows
+        # Freed and mapped anew for every step, large blocks cost a page fault for each 4 KB.
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
@@ -2391,6 +2443,7 @@ class Notes(logging.Handler):
         self.printed_at = -math.inf
 
     def emit(self, record: logging.LogRecord) -> None:
+        # One process speaks, unless another one dies.
         if process_rank() > 0 and record.levelno < logging.ERROR:
             return
         text = printable(record.getMessage())
@@ -2487,12 +2540,14 @@ def run_train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for count, row in enumerate(run, start=1):
         stop = stop or Stop()  # before the first step, there is nothing to save
+        # The mean of the last twenty: single steps jump.
         rates = [*rates[-19:], row["tokens_per_second"]]
         seconds_left = (time.monotonic() - started) / count * (row["total_steps"] - row["step"])
         show_step(row, rates, seconds_left)
         if count == 10 and seconds_left > 86400:
             advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
             log.warning(f"time      this run takes {duration(seconds_left)}: {advice}")
+        # All processes stop at the same step, whichever of them got the signal.
         stopped = sum_over_processes(stop.signal) > 0 and row["step"] < row["total_steps"]
         if stopped:
             run.close()  # which saves
@@ -2571,6 +2626,7 @@ class Reply:
         self.tokens += 1
         if token < tokenizer.eot_token:  # a padded vocabulary has tokens beyond
             self.text += self.decoder.decode(tokenizer.decode_single_token_bytes(token))
+        # A stop text may begin in one token and end in another: search the text, not the token.
         found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
         if found:
             self.text = self.text[: min(found)]
@@ -2665,6 +2721,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     text = instruction_prompt(prompt, args.input) if args.instruct else prompt
     ids = prompt_tokens(model, text)
     replies = [Reply(args.stop) for _ in range(args.num_samples)]
+    # An instruction is answered, any other prompt is continued.
     before = "" if args.instruct or args.only_new else prompt
     streams = len(replies) == 1 and not args.json
 
@@ -2707,6 +2764,7 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
 
     Of the file that a checkpoint was trained on, it is the part that was held back.
     """
+    # A checkpoint knows its data by the bytes: a copy under another name is the same data.
     files = find_files(args.data)
     path = find_model(args.model)
     checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
@@ -2971,6 +3029,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[args.command][0](args)
         sys.stdout.flush()
         return 0
+    # Statuses as the shell gives them: 128 + the number of the signal.
     except BrokenPipeError:  # as `| head -1` does
         give_up_output()
         return 141
