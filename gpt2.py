@@ -264,7 +264,7 @@ class GPT2(nn.Module):
         if end > self.config["context_length"]:
             raise ValueError(f"{end} tokens, above context_length {self.config['context_length']}")
 
-        # Attention alone does not know the order of tokens: so each gets a vector for its position.
+        # A token's vector says nothing of its place in the text: the position's vector does.
         positions = torch.arange(past, end, device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         x = self.dropout(x)
@@ -337,8 +337,8 @@ class GPTDataset(torch.utils.data.Dataset):
         self.offset = offset
         self.last_start = len(self.token_ids) - context_length - 1
         if self.last_start < 0:
-            size = f"context_length {context_length}"
-            raise ValueError(f"{len(self.token_ids)} tokens are too few for {size}")
+            tokens = f"{len(self.token_ids)} tokens are too few"
+            raise ValueError(f"{tokens} for context_length {context_length}")
 
     def __len__(self) -> int:
         return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
@@ -531,9 +531,7 @@ def evaluate(model: GPT2, batches: Iterable[Batch], machine: "Machine | None" = 
             loss += summed_loss(model(x.to(device)), y.to(device)).item()
             count += int((y != IGNORE_INDEX).sum())
 
-    if machine:
-        loss, count = machine.sum(loss), machine.sum(count)
-    return loss / count
+    return machine.sum(loss) / machine.sum(count) if machine else loss / count
 
 
 def train(
@@ -655,8 +653,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     dropped = before >= p
     dropped[:, 0] = False  # the first token is always kept
     kept = ordered.masked_fill(dropped, 0.0)
-    kept = kept / kept.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(kept).scatter(1, tokens, kept)
+    return torch.zeros_like(kept).scatter(1, tokens, kept / kept.sum(dim=-1, keepdim=True))
 
 
 def next_token_probabilities(
