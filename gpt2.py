@@ -771,7 +771,6 @@ import pickle
 import random
 import re
 import shlex
-import shutil
 import signal
 import stat
 import sys
@@ -1510,8 +1509,8 @@ def load_pickled(path: Path, mmap: bool = True) -> Any:
     try:
         mmap = mmap and head.startswith(b"PK")  # not the format of torch before 1.6
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise BadFile(f"{path} is not a file of weights, or it is damaged") from error
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
+        raise BadFile(f"{path} is not a file of weights, or it is damaged") from e
 
 
 # The state of a run, in memory and in its folder.
@@ -2130,7 +2129,7 @@ def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
 
 def read_json_file(path: Path) -> dict:
     """A JSON object that belongs to a model. BadFile if it is none."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(path.read_text("utf-8")), dict):
             return value
     raise BadFile(f"{path} is not a JSON object")
@@ -2454,7 +2453,7 @@ class Notes(logging.Handler):
     def show(self, text: str) -> None:
         """Show a live line, cut to the terminal's width."""
         if sys.stderr.isatty():
-            width = shutil.get_terminal_size().columns - 1
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
             print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
             self.live = True
         elif time.monotonic() - self.printed_at > 30:
