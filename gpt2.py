@@ -996,8 +996,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)  # goes on with the digest it is given
     return digest.hexdigest()
 
 
@@ -1286,10 +1285,9 @@ def load_data(config: dict) -> tuple[Any, Any]:
 
 # ---- 9. Runs: checking a config, the machine, the state of a run, whole files, going on ----
 
-AT_LEAST_ONE = (*SIZE_KEYS, "batch_size", "grad_accumulation")
 LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value of a number
     **dict.fromkeys(CONFIG, (0, 10**9)),
-    **dict.fromkeys(AT_LEAST_ONE, (1, 10**6)),
+    **dict.fromkeys((*SIZE_KEYS, "batch_size", "grad_accumulation"), (1, 10**6)),
     "dropout_rate": (0, 0.99),
     "val_fraction": (0, 0.99),
     "epochs": (1e-6, 10**6),
@@ -1372,14 +1370,6 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def sum_over_processes(value: float | Tensor) -> float:
-    """The sum of this number over all processes; each waits for all."""
-    total = torch.tensor(float(value), dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.item()
-
-
 class Machine:
     """On what, in what numbers and by how many processes a run is computed."""
 
@@ -1448,9 +1438,13 @@ class Machine:
         optimizer.zero_grad()
         return norm
 
-    def sum(self, value: float | Tensor) -> float:
-        """The sum of this number over all processes."""
-        return sum_over_processes(value)
+    @staticmethod
+    def sum(value: float | Tensor) -> float:
+        """The sum of this number over all processes; each waits for all."""
+        total = torch.tensor(float(value), dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return total.item()
 
 
 def free_memory(device: torch.device) -> float:
@@ -1516,13 +1510,8 @@ def load_pickled(path: Path, mmap: bool = True) -> Any:
 # The state of a run, in memory and in its folder.
 
 SECONDS_BETWEEN_SAVES = 600
-RESUME_MAY_CHANGE = (
-    *("data", "val_data", "batch_size", "grad_accumulation", "max_steps", "eval_every"),
-    *("checkpoint_every", "patience", "sample_prompt", "device", "compile"),
-)
-RESUME_SAYS_CHANGE = (  # from there on, it is another run than the one that was begun
-    *("epochs", "schedule_steps", "learning_rate", "min_learning_rate", "warmup_steps"),
-)
+SPLIT_KEYS = ("val_fraction", "max_val_tokens", "stride")  # which windows there are, and where
+MUST_STAY = (*MODEL_KEYS, *SPLIT_KEYS, "weight_decay", "grad_clip", "seed", "precision")
 INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}  # forgets little
 STATE = ("step", "tokens_seen", "best_step", "best_val_loss", "stale")  # of Run, in checkpoints
 
@@ -1536,8 +1525,6 @@ class Run:
     metrics: IO[bytes] | None  # metrics.jsonl, open and locked, in the first process
     machine: Machine
     model: GPT2
-    network: nn.Module  # the model as the machine calls it
-    optimizer: torch.optim.Optimizer
     train_set: Any
     val_set: Any
     data_sha256: str
@@ -1555,6 +1542,8 @@ class Run:
 
     def __post_init__(self) -> None:
         config, world = self.config, self.machine.world
+        self.network = self.machine.prepare(self.model, config["compile"])
+        self.optimizer = make_optimizer(self.model, config)
         self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
         self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
         # A part of an epoch is allowed, and so is a run said in steps.
@@ -1787,11 +1776,11 @@ def resumed_config(old: dict, given: dict) -> dict:
     # A run keeps the precision that `auto` came to when it began.
     if changes.get("precision") == "auto":
         del changes["precision"]
-    for key in changes.keys() - set(RESUME_MAY_CHANGE):
-        if key not in RESUME_SAYS_CHANGE:
+    for key, value in changes.items():
+        if key in MUST_STAY:
             advice = "leave it out, or begin a new run with --init and another --out"
             raise ValueError(f"{key} must stay {old[key]!r} in a resumed run: {advice}")
-        log.info(f"resume    {key} is {changes[key]:g} from here on, and was {old[key]:g}")
+        log.info(f"resume    {key} is {value!r} from here on, and was {old[key]!r}")
     return check_config(old | changes)
 
 
@@ -1845,14 +1834,9 @@ def load_run(path: Path) -> dict:
     return checkpoint
 
 
-def start_model(config: dict, source: GPT2 | None, checkpoint: dict) -> GPT2:
-    """A new model, a copy of `source`, or that of a checkpoint."""
+def start_model(config: dict, source: GPT2 | None) -> GPT2:
+    """A new model, or a copy of `source`, whose context may be longer."""
     torch.manual_seed(config["seed"])
-    if checkpoint:
-        try:
-            return build_model(config, checkpoint["model"])
-        except (ValueError, TypeError, AttributeError) as error:
-            raise BadFile(f"the model of last.pt is damaged: {error}") from error
     if source is None:
         return GPT2(config)
     if frozen := [name for name, weight in source.named_parameters() if not weight.requires_grad]:
@@ -1934,12 +1918,10 @@ def start_run(
 
         train_set, val_set = load_data(config)
         announce(config, machine, train_set, val_set)
-        model = start_model(config, source, checkpoint).to(machine.device)
-        network = machine.prepare(model, config["compile"])
-        optimizer = make_optimizer(model, config)
+        model = load_pretrained(folder / "last.pt") if resume and folder else None
+        model = (model or start_model(config, source)).to(machine.device)
         digest = fingerprint(files) if machine.rank == 0 else ""
-        parts = (machine, model, network, optimizer, train_set, val_set)
-        run = Run(config, folder, metrics, *parts, digest)
+        run = Run(config, folder, metrics, machine, model, train_set, val_set, digest)
 
         if resume:
             go_on(run, checkpoint)
@@ -1991,12 +1973,10 @@ TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")  # theirs that are stor
 def hugging_face_names(n_layers: int) -> dict[str, str]:
     """Our names of all tensors -> theirs."""
     names = {"token_embedding.weight": "wte.weight", "position_embedding.weight": "wpe.weight"}
-    parts = [
-        (f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}")
-        for layer in range(n_layers)
-        for ours, theirs in BLOCK_NAMES.items()
-    ]
-    for ours, theirs in [*parts, ("final_norm", "ln_f")]:
+    modules = {"final_norm": "ln_f"}
+    for i in range(n_layers):
+        modules |= {f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for ours, theirs in BLOCK_NAMES.items()}
+    for ours, theirs in modules.items():
         names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
     return names
 
@@ -2137,15 +2117,16 @@ def read_json_file(path: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights: one, or several shards. BadFile if one is missing."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        found = sorted(folder.glob(pattern))
-        shards = {file.name for file in found}
-        for index in folder.glob(f"{pattern.replace('*', '')}.index.json"):
-            shards = set(read_json_file(index).get("weight_map", {}).values())
-        if missing := sorted(shards - {file.name for file in found}):
-            raise BadFile(f"{folder} lacks {missing[0]}, one of its files of weights")
-        if found:
-            return [file for file in found if file.name in shards]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            shards = sorted(set(read_json_file(index).get("weight_map", {}).values()))
+            if missing := [shard for shard in shards if not (folder / shard).exists()]:
+                raise BadFile(f"{folder} lacks {missing[0]}, one of its files of weights")
+            return [folder / shard for shard in shards]
+        if found := sorted(folder.glob(name.replace(".", "-*."))):  # shards without an index
+            return found
     tensorflow = any("tf_model" in file.name or ".ckpt" in file.name for file in folder.iterdir())
     kind = "weights of TensorFlow only" if tensorflow else "no model.safetensors"
     raise BadFile(f"{folder} holds {kind}: give a folder that `transformers` saved with PyTorch")
@@ -2256,14 +2237,19 @@ def openai_file(name: str) -> bytes:
     return read_file_cached(url)
 
 
-def folder_files(config: dict) -> dict[str, dict]:
-    """What the JSON files of a folder say of a model and its tokens."""
+def json_bytes(value: dict) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def folder_files(config: dict) -> dict[str, bytes]:
+    """What a folder holds beside the weights, by name: what other programs must know."""
     said = {theirs: config[ours] for ours, theirs in CONFIG_NAMES.items()}
     said |= {key: values[0] for key, values in FIXED_CONFIG.items()}
     said |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": config["context_length"]}
     said |= dict.fromkeys(("attn_pdrop", "embd_pdrop"), config["dropout_rate"])
     if config["vocab_size"] != load_tokenizer().n_vocab:
-        return {"config.json": said}
+        log.warning("exported without a tokenizer: the vocabulary is not GPT-2's")
+        return {"config.json": json_bytes(said)}
 
     # Without these, text goes on after its end, and llama.cpp ends it at every comma.
     end = load_tokenizer().eot_token
@@ -2271,9 +2257,11 @@ def folder_files(config: dict) -> dict[str, dict]:
     tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     tokens |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
     return {
-        "config.json": said | ends,
-        "generation_config.json": ends,
-        "tokenizer_config.json": tokens,
+        "config.json": json_bytes(said | ends),
+        "generation_config.json": json_bytes(ends),
+        "tokenizer_config.json": json_bytes(tokens),
+        "vocab.json": openai_file("encoder.json"),
+        "merges.txt": openai_file("vocab.bpe"),
     }
 
 
@@ -2295,19 +2283,9 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
         tensor = weights.get(ours, torch.zeros(3 * config["emb_dim"])).detach().float().cpu()
         tensors[theirs] = tensor.t() if TRANSPOSED.match(theirs) else tensor
 
-    files = {name: json.dumps(said, indent=2) for name, said in folder_files(config).items()}
-    contents = {name: text.encode() for name, text in files.items()}
-    if config["vocab_size"] == n_tokens:
-        contents |= {
-            "vocab.json": openai_file("encoder.json"),
-            "merges.txt": openai_file("vocab.bpe"),
-        }
-    else:
-        log.warning("exported without a tokenizer: the vocabulary is not GPT-2's")
-
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", functools.partial(write_safetensors, tensors))
-    for name, content in contents.items():
+    for name, content in folder_files(config).items():
         write_file(folder / name, operator.methodcaller("write", content))
     log.info(f"wrote {folder}, a model that sees at most {config['context_length']} tokens")
 
@@ -2390,10 +2368,11 @@ def speed_up(model: GPT2, precision: str) -> GPT2:
     if swap is None:
         return model
     # Small matrices lie in the cache: there, nothing is gained in fp32.
+    # A small fp32 matrix stays in the cores' caches: cutting it up costs more than it gains.
+    smallest = 100_000 if precision == "fp32" else 0
     for module in list(model.modules()):
         for name, child in module.named_children():
-            small = isinstance(child, nn.Linear) and child.weight.numel() < 100_000
-            if isinstance(child, nn.Linear) and not (small and precision == "fp32"):
+            if isinstance(child, nn.Linear) and child.weight.numel() >= smallest:
                 setattr(module, name, swap(child))
     if isinstance(model.head, Int8Linear):  # one matrix does both, as before
         model.token_embedding = Int8Embedding(model.head)  # type: ignore[assignment]
@@ -2444,21 +2423,16 @@ class Notes(logging.Handler):
             return
         text = printable(record.getMessage())
         with contextlib.suppress(OSError, ValueError):  # nobody listens: the run goes on
-            if record.name == progress.name:
-                self.show(text)
-            else:
+            if record.name != progress.name:
                 self.clear()
                 print(text, file=sys.stderr, flush=True)
-
-    def show(self, text: str) -> None:
-        """Show a live line, cut to the terminal's width."""
-        if sys.stderr.isatty():
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
-            self.live = True
-        elif time.monotonic() - self.printed_at > 30:
-            print(text, file=sys.stderr, flush=True)
-            self.printed_at = time.monotonic()
+            elif sys.stderr.isatty():  # a line that wraps could not be taken away again
+                width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+                print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
+                self.live = True
+            elif time.monotonic() - self.printed_at > 30:
+                print(text, file=sys.stderr, flush=True)
+                self.printed_at = time.monotonic()
 
     def clear(self) -> None:
         """Take a live line away, before something else is printed."""
@@ -2531,7 +2505,7 @@ def run_train(args: argparse.Namespace) -> None:
     init = args.init or None
     run = train(given, out=args.out, init=init, resume=resume, overwrite=args.overwrite)
 
-    stop, stopped = None, False
+    stop = None
     rates: list[float] = []
     started = time.monotonic()
     for count, row in enumerate(run, start=1):
@@ -2544,21 +2518,14 @@ def run_train(args: argparse.Namespace) -> None:
             advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
             log.warning(f"time      this run takes {duration(seconds_left)}: {advice}")
         # All processes stop at the same step, whichever of them got the signal.
-        stopped = sum_over_processes(stop.signal) > 0 and row["step"] < row["total_steps"]
-        if stopped:
+        if Machine.sum(stop.signal) > 0 and row["step"] < row["total_steps"]:
             run.close()  # which saves
-            break
-
-    first = process_rank() == 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if stopped:
-        if first:
             log.info(f"saved step {row['step']}; go on with: {resume_command(args.out)}")
-        raise SystemExit(128 + (stop.signal or signal.SIGTERM) if stop else 1)
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))  # 0: another process got it
+
     for number in (signal.SIGINT, signal.SIGTERM):  # all is saved
         signal.signal(number, signal.default_int_handler)
-    if first:
+    if process_rank() == 0:
         close_run(args, time.monotonic() - started)
 
 
@@ -2586,18 +2553,18 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
 def load_for_use(args: argparse.Namespace) -> GPT2:
     """The model of a command that does not train. On a CPU in fp32, unless asked otherwise: so
     that a text is the same on every CPU."""
-    model = GPT2.from_pretrained(args.model)
-    if model.config["vocab_size"] < CONFIG["vocab_size"]:
-        raise ValueError(f"{args.model} has a vocabulary smaller than GPT-2's 50257 tokens")
-    device = pick_device(args.device)
-    precision = args.precision
-    if precision == "int8" and (device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm")):
-        raise ValueError("precision int8 is for CPUs: give bf16")
+    device, precision = pick_device(args.device), args.precision
     if precision == "auto" and device.type == "cpu":
         precision = "fp32"
     if precision != "int8":
         precision = pick_precision(precision, device)
-        model.to(device, PRECISIONS[precision])
+    elif device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
+        raise ValueError("precision int8 is for CPUs: give bf16")
+
+    model = GPT2.from_pretrained(args.model)
+    if model.config["vocab_size"] < CONFIG["vocab_size"]:
+        raise ValueError(f"{args.model} has a vocabulary smaller than GPT-2's 50257 tokens")
+    model.to(device, PRECISIONS.get(precision))  # int8 is left to speed_up
     return speed_up(model, precision) if device.type == "cpu" else model
 
 
@@ -2909,8 +2876,6 @@ SPECIAL: dict[str, dict] = {  # what argparse is to know beside type and default
     "top_k": {"type": int, "metavar": "INT"},
     "top_p": {"type": float, "metavar": "FLOAT"},
     "stop": {"action": "append", "metavar": "TEXT"},
-    "qkv_bias": {"action": argparse.BooleanOptionalAction},
-    "compile": {"action": argparse.BooleanOptionalAction},
 }
 
 
@@ -2956,8 +2921,8 @@ def add_option(group: Any, key: str, meaning: str) -> None:
     default = DEFAULTS[key]
     if key in SPECIAL:
         how = SPECIAL[key]
-    elif isinstance(default, bool):
-        how = {"action": "store_true"}
+    elif isinstance(default, bool):  # what a run stores can also be switched off again
+        how = {"action": argparse.BooleanOptionalAction if key in CONFIG else "store_true"}
     else:
         how = {"type": type(default), "metavar": type(default).__name__.upper()}
     names = [f"--{key}", "--lr"] if key == "learning_rate" else [f"--{key}"]
@@ -3038,6 +3003,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = what_went_wrong(error)
         if message is None:
             raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     log.error(f"gpt2.py {args.command}: error: {message}")
     try:
         sys.stdout.flush()
