@@ -78,6 +78,8 @@ class CausalAttention(SelfAttention):
     x (B, T, d_in) -> (B, T, d_out), T at most context_length
     """
 
+    future: Tensor  # (context_length, context_length), True above the diagonal
+
     def __init__(
         self,
         d_in: int,
@@ -89,8 +91,7 @@ class CausalAttention(SelfAttention):
         super().__init__(d_in, d_out, qkv_bias)
         self.dropout = nn.Dropout(dropout_rate)
         future = torch.ones(context_length, context_length, dtype=torch.bool).triu(1)
-        self.future: Tensor  # True above the diagonal; a buffer moves with the model
-        self.register_buffer("future", future, persistent=False)
+        self.register_buffer("future", future, persistent=False)  # moves with the model
 
     def weights(self, x: Tensor) -> Tensor:
         tokens = x.size(1)
@@ -299,6 +300,7 @@ IGNORE_INDEX = -100  # a target that no loss counts
 @functools.lru_cache(maxsize=1)
 def load_tokenizer() -> tiktoken.Encoding:
     """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from the copy beside this file."""
+    # Only where the user has set no cache: tiktoken deletes files there that it does not expect.
     if (HERE / ".tiktoken").is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
@@ -318,9 +320,10 @@ def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer: tiktoken.Encoding)
 class GPTDataset(torch.utils.data.Dataset):
     """Windows of a text: item i is (x (T,), y (T,)), T the context length, y one token later.
 
-    A window begins every `stride` tokens, and the last window ends where the text ends, so that
-    every token but the first is a target. With an offset, up to `stride`, all but the first and
-    the last begin so many tokens earlier, and there is one more.
+    A window begins every `stride` tokens, and the last one ends where the text ends: every token
+    but the first is a target. An offset, up to `stride`, moves the windows so many tokens to the
+    left, so that they cut the text elsewhere. One more is then needed at the end, and the first is
+    pushed back to where the text begins.
     ValueError for a text that is shorter than one window.
     """
 
@@ -372,7 +375,7 @@ CONFIG: dict[str, Any] = {
     "dropout_rate": 0.0,  # share of values dropped while training
     "qkv_bias": True,  # biases for queries, keys and values
     # The data
-    "data": "the-verdict.txt",  # a text, a token file or examples (see DATA_FORMATS)
+    "data": "the-verdict.txt",  # a text, a token file or examples (see RECORD_KINDS)
     "val_data": "",  # the same, to validate on; "": hold back a part of `data`
     "val_fraction": 0.1,  # the share held back: a text's end, or random examples
     "max_val_tokens": 100_000,  # hold back no more tokens of a text than this
@@ -428,17 +431,20 @@ def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
-    # Decay keeps matrices small, which are most of the model, and so its functions smooth.
+    # Decay takes back what the loss does not ask for. A norm's scale near 0 would switch a value
+    # off, and biases are few: both are left out.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config["weight_decay"]},
         {"params": vectors, "weight_decay": 0.0},  # biases and norms have no reason to be small
     ]
-    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory: 4 times as fast
+    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory for all
+    # 0.95, not 0.999: squared gradients are forgotten in 20 steps, so one bad batch is soon over.
     return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
 
 
+# Every step of an epoch asks for the same order: keep the last one.
 @functools.lru_cache(maxsize=1)
 def order_of_epoch(n_items: int, seed: int) -> Tensor:
     """The random order in which an epoch takes its items: a permutation of 0 … n_items - 1."""
@@ -451,8 +457,10 @@ def batches_of_step(
     """The batches (x (B, T), y (B, T)) of step 1, 2, …, as far as they fall to process `rank`.
 
     They follow from the step alone, not from the steps before: so a resumed run needs no memory
-    of what it has read.
+    of what it has read. `train_set.for_epoch(seed)` is the set as one epoch sees it; all epochs
+    have the same number of items.
     """
+    # Steps are counted in items of all processes: a run has the same steps on one and on eight.
     per_step = config["batch_size"] * config["grad_accumulation"] * world
     epoch, position = divmod(step - 1, math.ceil(len(train_set.for_epoch(0)) / per_step))
     seed = mix_seeds(config["seed"], epoch)
@@ -474,6 +482,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets not -100."""
     logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
     targets = targets.flatten()  # (B·T,)
+    # Summed, not averaged: only the caller knows how many targets the whole step has.
     return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
@@ -502,6 +511,7 @@ def train_step(
         machine.backward(loss)
         total += loss.detach()
 
+    # Until here nothing was read from the device, so it was never waited for.
     mean_loss = machine.sum(total)
     gradient_norm = machine.clip_and_step(optimizer, mean_loss, grad_clip)
     return mean_loss, gradient_norm
@@ -573,7 +583,7 @@ def train(
             if evaluate_now:
                 with machine.autocast():
                     row["val_loss"] = evaluate(model, run.validation_batches(), machine)
-                save_now |= row["val_loss"] < run.best_val_loss
+                save_now = save_now or row["val_loss"] < run.best_val_loss
 
             # The row first: a saved step is never missing in metrics.jsonl.
             run.record(row)
@@ -604,6 +614,7 @@ class KeyValueCache:
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add those of T new tokens, (B, H, T, D) each -> those of all S, (B, H, S, D) each."""
+        # Room for the whole context at once: growing would copy all of it for every token.
         if self.keys is None or self.values is None:
             self.keys = keys.new_empty(*keys.shape[:2], self.context_length, keys.size(3))
             self.values = torch.empty_like(self.keys)
@@ -639,6 +650,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Leave exactly the k highest logits (B, V), the rest becomes -∞ (Fan et al., 2018)."""
+    # By place, not by value: equal logits at the border would let more than k through.
     highest, tokens = logits.topk(min(k, logits.size(-1)))  # (B, k) each
     return torch.full_like(logits, -math.inf).scatter(1, tokens, highest)
 
@@ -649,6 +661,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     "Nucleus sampling", Holtzman et al., 2020.
     """
     ordered, tokens = probabilities.sort(descending=True)  # (B, V) each
+    # Without the token itself, so that the one that crosses p is still kept.
     before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
     dropped = before >= p
     dropped[:, 0] = False  # the first token is always kept
@@ -666,6 +679,7 @@ def next_token_probabilities(
 
     At temperature 0, the limit, the most probable token has all.
     """
+    # Dividing by 0 is undefined; the limit is the most probable token alone.
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
@@ -683,8 +697,9 @@ def next_token_probabilities(
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """probabilities (B, V) -> token ids (B, 1), each drawn with its probability.
 
-    Of exponentially distributed times at rates p, the shortest is that of token i with
-    probability p_i. `torch.multinomial` does the same, and waits for the device twice.
+    A race: each token waits for a random time, exponentially distributed, on average 1 / p. Token
+    i comes first with probability p_i. `torch.multinomial` does the same, and waits for the device
+    twice.
     """
     device = generator.device if generator else probabilities.device
     waiting = torch.empty(probabilities.shape, device=device).exponential_(generator=generator)
@@ -723,7 +738,7 @@ def generate(
 
     with evaluating(model):
         for count in range(max_new_tokens):
-            # The context is full: forget all but its last half.
+            # Half of it, not one token less: reading a window anew is to be rare.
             if idx.size(1) - start > context:
                 start = idx.size(1) - max(1, context // 2)
                 cache = None
@@ -766,7 +781,6 @@ import io
 import itertools
 import json
 import logging
-import operator
 import pickle
 import random
 import re
@@ -815,6 +829,8 @@ def read_text(path: Path) -> Iterator[str]:
     """A text in pieces of about a million characters. BadFile if it is not UTF-8."""
     rest = ""
     try:
+        # A byte order mark is not text; and Windows' line ends stay, or `eval` would miscount
+        # bytes.
         with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
             while block := file.read(1 << 20):
                 # Up to the last safe place, the block is done; what follows waits for the next
@@ -830,6 +846,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 def not_utf8(path: Path) -> BadFile:
     """Says by line and byte where a file is not UTF-8: an editor may not show it."""
+    # Read again, as bytes: the decoder knows only its place in a block.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -861,7 +878,7 @@ def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 def read_table(file: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
     """(place, record) for each row of a table whose first row names the columns."""
-    # The library knows quotes, and line ends within them.
+    # Not split by hand: a quoted value may hold delimiters and line ends.
     rows = csv.DictReader(file, delimiter=delimiter)
     for row in rows:
         if None in row:  # where DictReader puts what has no column
@@ -892,6 +909,7 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
 def text_of(record: dict, *keys: str, default: str | None = None) -> str:
     """The text under the first of these keys that the record has. A number is its digits."""
     value = next((record[key] for key in keys if key in record), default)
+    # Labels are often numbers: {"label": 1} means the text "1".
     if isinstance(value, (int, float)):
         value = str(value)
     if not isinstance(value, str):
@@ -900,6 +918,7 @@ def text_of(record: dict, *keys: str, default: str | None = None) -> str:
 
 
 def as_pair(record: dict) -> Example:
+    # A table has no booleans: its "false" is a text.
     end = record.get("end", True) not in (False, "false")
     return Example(text_of(record, "prompt"), text_of(record, "completion"), end)
 
@@ -923,6 +942,7 @@ def as_question(record: dict) -> Example:
     return Example(text_of(record, "prompt"), choices[answer], False, tuple(choices))
 
 
+# In this order, since a row with a text and a label would pass as a text alone, too.
 RECORD_KINDS: dict[tuple[str, ...], Callable[[dict], Example | str]] = {  # the first that fits
     ("prompt", "choices", "answer"): as_question,
     ("prompt", "completion"): as_pair,
@@ -934,7 +954,7 @@ RECORD_KINDS: dict[tuple[str, ...], Callable[[dict], Example | str]] = {  # the 
 }
 
 
-def understand(place: str, record: Any) -> Example | str:
+def parse_record(place: str, record: Any) -> Example | str:
     """A record as an example or, from {"text": …}, as a document. BadFile for other keys."""
     keys = record.keys() if isinstance(record, dict) else [f"{record!r:.40}"]
     kind = next((kind for needed, kind in RECORD_KINDS.items() if set(needed) <= set(keys)), None)
@@ -954,7 +974,7 @@ def read_records(path: Path) -> Iterator[Example | str]:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for place, record in RECORD_FORMATS[path.suffix.lower()](file):
                 count += 1
-                yield understand(place, record)
+                yield parse_record(place, record)
     except UnicodeDecodeError as error:
         raise not_utf8(path) from error
     except (BadFile, json.JSONDecodeError, csv.Error, RecursionError) as error:
@@ -1008,11 +1028,12 @@ def text_pieces(files: Sequence[Path]) -> Iterator[str]:
             if isinstance(piece, Example):
                 raise BadFile(f"{path} holds examples: they cannot be joined with texts")
             begins = (j == 0 and i > 0) or (j > 0 and records)
-            yield (END_OF_TEXT if begins else "") + check_blanks(piece, path)
+            yield (END_OF_TEXT if begins else "") + check_white_space(piece, path)
 
 
-def check_blanks(text: str, source: str | Path) -> str:
+def check_white_space(text: str, source: str | Path) -> str:
     """The text, unless the tokenizer would die of it: it cannot take a million blanks in a row."""
+    # It panics, and a panic cannot be caught as an Exception.
     if run := re.search(r"\s{200000}", text):
         before = text[max(0, run.start() - 30) : run.start()]
         raise BadFile(f"{source}: over 200,000 white-space characters in a row, after {before!r}")
@@ -1030,7 +1051,7 @@ def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
             out.write(array("H", ids).tobytes())
             count += len(ids)
         rate = count / (time.perf_counter() - started)
-        progress.info(f"tokenising: {count:,} tokens, {rate:,.0f} a second")
+        progress.info(f"tokenising: {count:,} tokens, {rate:,.0f} tokens/s")
     if count == 0:
         raise BadFile(f"{files[0]} is empty: give a text")
 
@@ -1054,7 +1075,7 @@ def load_examples(files: Sequence[Path]) -> list[Example]:
         for example in read_pieces(path):
             if not isinstance(example, Example):
                 raise BadFile(f"{path} holds texts: they cannot be joined with examples")
-            check_blanks(example.prompt + example.completion, path)
+            check_white_space(example.prompt + example.completion, path)
             examples.append(example)
     return examples
 
@@ -1113,6 +1134,7 @@ class TextDataset(GPTDataset):
     def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
         """Bits per byte, and the perplexity of a word, as `str.split` counts words."""
         count = len(self.token_ids) - 1
+        # The first token is not predicted, so its bytes do not count either.
         text = decoded(self.token_ids[1:])
         words = max(1, len(text.decode("utf-8", errors="replace").split()))
         return {
@@ -1169,6 +1191,7 @@ class CompletionDataset(list):
 
     def labels(self) -> list[str]:
         """The different completions, if they are 2 to 50, and come twice or more on average."""
+        # A few completions that come again and again are classes; answers to questions differ.
         different = sorted({example.completion for example in self.examples})
         return different if 2 <= len(different) <= min(50, len(self) // 2) else []
 
@@ -1229,7 +1252,7 @@ def classify(model: GPT2, dataset: CompletionDataset, labels: Sequence[str] = ()
 
 
 def choice_accuracy(model: GPT2, dataset: CompletionDataset) -> dict:
-    """How often the right choice has the lowest loss, summed and, normalised, a token."""
+    """How often the right choice has the lowest loss: its sum or, normalised, its mean a token."""
     by_sum = by_mean = 0
     for example in dataset.examples:
         best, best_normalised = most_probable(model, example, example.choices)
@@ -1249,7 +1272,7 @@ def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
     return right / len(dataset)
 
 
-def to_measure(data: Tensor | list[Example], context_length: int, name: str) -> Any:
+def evaluation_set(data: Tensor | list[Example], context_length: int, name: str) -> Any:
     """A data set to score; a text shorter than the context is one window."""
     if isinstance(data, list):
         return CompletionDataset(data, context_length)
@@ -1279,8 +1302,8 @@ def load_data(config: dict) -> tuple[Any, Any]:
         train_set = TextDataset(data[:n_train], context, config["stride"] or max(1, context // 2))
 
     if config["val_data"]:
-        return train_set, to_measure(read_data(config["val_data"]), context, config["val_data"])
-    return train_set, to_measure(data[n_train:], context, name) if n_val else None
+        return train_set, evaluation_set(read_data(config["val_data"]), context, config["val_data"])
+    return train_set, evaluation_set(data[n_train:], context, name) if n_val else None
 
 
 # ---- 9. Runs: checking a config, the machine, the state of a run, whole files, going on ----
@@ -1347,6 +1370,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        # Using a device shows whether it is there: its driver may be missing, or too old.
         torch.ones(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -1360,6 +1384,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
+        # Compute capability 8.0 (Ampere) is the first that multiplies bf16.
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
@@ -1425,6 +1450,7 @@ class Machine:
         # The length of the gradient means something only without the scaler's factor.
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # Clipping to infinity only measures.
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
 
         # One overflow is an accident that the scaler mends; many are a learning rate too high.
@@ -1441,6 +1467,7 @@ class Machine:
     @staticmethod
     def sum(value: float | Tensor) -> float:
         """The sum of this number over all processes; each waits for all."""
+        # A count of tokens above 16 million would be rounded in float32.
         total = torch.tensor(float(value), dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -1468,6 +1495,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
+        # All or nothing: whoever reads finds the old file or the new one.
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = error.__context__ or error  # torch.save hides what the disk said
@@ -1512,7 +1540,8 @@ def load_pickled(path: Path, mmap: bool = True) -> Any:
 SECONDS_BETWEEN_SAVES = 600
 SPLIT_KEYS = ("val_fraction", "max_val_tokens", "stride")  # which windows there are, and where
 MUST_STAY = (*MODEL_KEYS, *SPLIT_KEYS, "weight_decay", "grad_clip", "seed", "precision")
-INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}  # forgets little
+# A higher rate would destroy in a few steps what the model knows.
+INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}
 STATE = ("step", "tokens_seen", "best_step", "best_val_loss", "stale")  # of Run, in checkpoints
 
 
@@ -1534,7 +1563,7 @@ class Run:
     best_step: int = 0
     best_val_loss: float = math.inf  # the lowest, after best_step
     stale: int = 0  # measurements since then
-    kept_best: tuple[float, int] = (math.inf, 0)  # of the best.pt that was written
+    saved_best: tuple[float, int] = (math.inf, 0)  # of the best.pt that was written
     saved_step: int = -1  # of last.pt, or of the last attempt
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     step_began: float = 0.0
@@ -1546,7 +1575,6 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
         self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
-        # A part of an epoch is allowed, and so is a run said in steps.
         of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
         self.total_steps = config["schedule_steps"] or of_epochs
         self.last_step = min(self.total_steps, config["max_steps"] or self.total_steps)
@@ -1618,7 +1646,8 @@ class Run:
         if self.machine.rank > 0:
             return ""
         tokenizer = load_tokenizer()
-        prompt = tokenizer.encode(self.config["sample_prompt"]) or self.train_set.sample_prompt()
+        text = self.config["sample_prompt"]
+        prompt = tokenizer.encode(text, allowed_special="all") or self.train_set.sample_prompt()
         ids = torch.tensor([prompt or [tokenizer.eot_token]])  # (1, T)
         ids = generate(self.model, ids, 40, eos_id=tokenizer.eot_token)
         return token_ids_to_text(ids, tokenizer).rstrip("\ufffd")  # which is half a character
@@ -1631,7 +1660,7 @@ class Run:
         self.best_val_loss = loss if math.isfinite(loss) else math.inf
         if self.folder and self.metrics:
             save_checkpoint(self.folder / "best.pt", self.checkpoint())
-        self.kept_best = (self.best_val_loss, self.best_step)
+        self.saved_best = (self.best_val_loss, self.best_step)
 
     def checkpoint(self) -> dict:
         """The weights, and what is known of them."""
@@ -1643,17 +1672,16 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt, and best.pt after the lowest measurement. A failure is a warning."""
-        # Only the first process writes; the others count along.
+        # The others only note the time, so that all agree on when a save is due.
         self.failed, self.saved_step, self.saved_at = False, self.step, time.monotonic()
         if not (self.folder and self.metrics):
             return
         try:
-            # best.pt before last.pt: whoever resumes from the one finds the other as good as it
-            # says.
+            # best.pt first: if the machine dies between the two, last.pt names an older best.
             checkpoint = self.checkpoint()
             if self.best_val_loss < math.inf and self.best_step == self.step:
                 save_checkpoint(self.folder / "best.pt", checkpoint)
-                self.kept_best = (self.best_val_loss, self.best_step)
+                self.saved_best = (self.best_val_loss, self.best_step)
             if self.best_val_loss == math.inf:  # best.pt is of a run that this one replaces
                 (self.folder / "best.pt").unlink(missing_ok=True)
 
@@ -1663,7 +1691,7 @@ class Run:
             save_checkpoint(self.folder / "last.pt", checkpoint)
         except OSError as error:
             self.failed = True
-            self.best_val_loss, self.best_step = self.kept_best  # a later one may be as good
+            self.best_val_loss, self.best_step = self.saved_best  # a later one may be as good
             log.warning(f"step {self.step} was not saved: {error}")
 
     def finish(self) -> None:
@@ -1700,7 +1728,7 @@ def plot_losses(metrics: Path, file: IO[bytes]) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text("utf-8").split("\n") if line]
     trained = [(row["step"], row["train_loss"]) for row in rows]
-    measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss")]
+    measured = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
 
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -1722,6 +1750,7 @@ def lock(file: IO[bytes]) -> None:
 
     BlockingIOError or PermissionError if another process holds it.
     """
+    # A file as a lock would outlive a killed process; this lock cannot.
     if os.name == "nt":
         import msvcrt
 
@@ -1771,6 +1800,7 @@ def cut_metrics(metrics: IO[bytes], step: int) -> None:
 
 def resumed_config(old: dict, given: dict) -> dict:
     """The config of a run that goes on. ValueError for a change that makes another run."""
+    # A checkpoint that lacks a newer key was trained with its default.
     old = check_config(CONFIG | old)
     changes = {key: value for key, value in given.items() if value != old[key]}
     # A run keeps the precision that `auto` came to when it began.
@@ -1806,6 +1836,7 @@ def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> No
     """Say what is coming before it takes time and memory; warn where memory is short."""
     held_back = val_set.size() if val_set else "nothing"
     log.info(f"data      {config['data']}: train on {train_set.size()}, validate on {held_back}")
+    # Counted without memory: this is to warn before memory is asked for.
     with shapes_only():
         count = GPT2(config).num_parameters()
     log.info(f"model     {count:,} parameters, on {machine.device} in {machine.precision}")
@@ -1834,7 +1865,7 @@ def load_run(path: Path) -> dict:
     return checkpoint
 
 
-def start_model(config: dict, source: GPT2 | None) -> GPT2:
+def make_model(config: dict, source: GPT2 | None) -> GPT2:
     """A new model, or a copy of `source`, whose context may be longer."""
     torch.manual_seed(config["seed"])
     if source is None:
@@ -1847,7 +1878,7 @@ def start_model(config: dict, source: GPT2 | None) -> GPT2:
     return build_model(config, weights | {"position_embedding.weight": positions})
 
 
-def go_on(run: Run, checkpoint: dict) -> None:
+def restore(run: Run, checkpoint: dict) -> None:
     """Bring a run to the state of its checkpoint. ValueError where the two do not fit."""
     last = f"{run.folder}/last.pt"
     if run.machine.rank == 0 and checkpoint["data_sha256"] != run.data_sha256:
@@ -1859,7 +1890,7 @@ def go_on(run: Run, checkpoint: dict) -> None:
         raise ValueError(f"{rule}, and would be {run.items_per_step}")
     for key in STATE:
         setattr(run, key, checkpoint[key])
-    run.kept_best = (run.best_val_loss, run.best_step)
+    run.saved_best = (run.best_val_loss, run.best_step)
     if run.step >= run.last_step:
         advice = f"--max_steps 0 goes on to the end, step {run.total_steps}"
         if run.step >= run.total_steps:
@@ -1919,12 +1950,12 @@ def start_run(
         train_set, val_set = load_data(config)
         announce(config, machine, train_set, val_set)
         model = load_pretrained(folder / "last.pt") if resume and folder else None
-        model = (model or start_model(config, source)).to(machine.device)
+        model = (model or make_model(config, source)).to(machine.device)
         digest = fingerprint(files) if machine.rank == 0 else ""
         run = Run(config, folder, metrics, machine, model, train_set, val_set, digest)
 
         if resume:
-            go_on(run, checkpoint)
+            restore(run, checkpoint)
         elif metrics:
             metrics.truncate(0)
         if source is not None and run.val_set is not None:
@@ -1981,10 +2012,11 @@ def hugging_face_names(n_layers: int) -> dict[str, str]:
     return names
 
 
-class WithoutFirstValues(TorchFunctionMode):
+class SkipInitialisation(TorchFunctionMode):
     """Inside, nothing is drawn for new modules: their values are about to come from a file."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # On the meta device, normal_ imports torch._dynamo: a whole second, to draw nothing.
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
@@ -1992,7 +2024,7 @@ class WithoutFirstValues(TorchFunctionMode):
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
     """Inside, modules have shapes, and neither memory nor values."""
-    with torch.device("meta"), WithoutFirstValues():
+    with torch.device("meta"), SkipInitialisation():
         yield
 
 
@@ -2029,7 +2061,7 @@ def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = Fa
     return model
 
 
-def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) -> GPT2:
+def model_from_tensors(tensors: dict[str, Any], config: dict, transposed: bool) -> GPT2:
     """A model of somebody else's tensors. ValueError if they are of another kind of model.
 
     `transposed` says whether matrices are stored input × output, as in Hugging Face's files.
@@ -2049,6 +2081,7 @@ def understand_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
 
     # A tied file may hold only one of these; an untied one has a head of its own.
     head = found.pop("lm_head.weight", found.get("wte.weight"))
+    # Two copies of one matrix are fine; two different ones are a model that this one cannot be.
     if head is not None and not torch.equal(head, found.setdefault("wte.weight", head)):
         raise ValueError("lm_head.weight is not wte.weight: an untied head is not supported")
 
@@ -2073,10 +2106,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The header is JSON: {name: {dtype, shape, data_offsets}}.
     """
     with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        if begin == 8 + int.from_bytes(b"version ", "little"):
+        head = file.read(8)
+        if head == b"version ":
             raise BadFile(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
+        begin = 8 + int.from_bytes(head, "little")
         try:
+            # A damaged length must not ask for its exabytes of memory.
             header = json.loads(file.read(min(begin - 8, 10**8)))
             header.pop("__metadata__", None)
             size = path.stat().st_size
@@ -2163,7 +2198,7 @@ def load_folder(folder: Path) -> GPT2:
     for file in weight_files(folder):
         read = read_safetensors if file.suffix == ".safetensors" else load_pickled
         tensors |= read(file)
-    return understand_tensors(tensors, check_config(config, MODEL_KEYS), transposed=True)
+    return model_from_tensors(tensors, check_config(config, MODEL_KEYS), transposed=True)
 
 
 def load_file(path: Path) -> GPT2:
@@ -2174,7 +2209,7 @@ def load_file(path: Path) -> GPT2:
         args = checkpoint["model_args"]
         config = {ours: args.get(theirs) for ours, theirs in names.items()} | {"qkv_bias": True}
         config = check_config(config, MODEL_KEYS)
-        return understand_tensors(checkpoint["model"], config, transposed=False)
+        return model_from_tensors(checkpoint["model"], config, transposed=False)
     checkpoint = load_checkpoint(path)
     return build_model(checkpoint["config"], checkpoint["model"])
 
@@ -2191,7 +2226,7 @@ def download(name: str) -> GPT2:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except OSError as error:
             raise OSError(f"cannot download {url} ({error}): put that file at {path}") from error
-    return understand_tensors(read_safetensors(path), OPENAI_SIZES[name], transposed=True)
+    return model_from_tensors(read_safetensors(path), OPENAI_SIZES[name], transposed=True)
 
 
 def find_model(name_or_path: str | Path) -> Path | None:
@@ -2237,19 +2272,24 @@ def openai_file(name: str) -> bytes:
     return read_file_cached(url)
 
 
+def write_bytes(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
 def json_bytes(value: dict) -> bytes:
     return json.dumps(value, indent=2).encode()
 
 
 def folder_files(config: dict) -> dict[str, bytes]:
     """What a folder holds beside the weights, by name: what other programs must know."""
-    said = {theirs: config[ours] for ours, theirs in CONFIG_NAMES.items()}
-    said |= {key: values[0] for key, values in FIXED_CONFIG.items()}
-    said |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": config["context_length"]}
-    said |= dict.fromkeys(("attn_pdrop", "embd_pdrop"), config["dropout_rate"])
+    hf_config = {theirs: config[ours] for ours, theirs in CONFIG_NAMES.items()}
+    hf_config |= {key: values[0] for key, values in FIXED_CONFIG.items()}
+    # Said in full: converters to other formats do not know the defaults of transformers.
+    hf_config |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": config["context_length"]}
+    hf_config |= dict.fromkeys(("attn_pdrop", "embd_pdrop"), config["dropout_rate"])
     if config["vocab_size"] != load_tokenizer().n_vocab:
         log.warning("exported without a tokenizer: the vocabulary is not GPT-2's")
-        return {"config.json": json_bytes(said)}
+        return {"config.json": json_bytes(hf_config)}
 
     # Without these, text goes on after its end, and llama.cpp ends it at every comma.
     end = load_tokenizer().eot_token
@@ -2257,7 +2297,7 @@ def folder_files(config: dict) -> dict[str, bytes]:
     tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     tokens |= {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config["context_length"]}
     return {
-        "config.json": json_bytes(said | ends),
+        "config.json": json_bytes(hf_config | ends),
         "generation_config.json": json_bytes(ends),
         "tokenizer_config.json": json_bytes(tokens),
         "vocab.json": openai_file("encoder.json"),
@@ -2286,7 +2326,7 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "model.safetensors", functools.partial(write_safetensors, tensors))
     for name, content in folder_files(config).items():
-        write_file(folder / name, operator.methodcaller("write", content))
+        write_file(folder / name, functools.partial(write_bytes, content))
     log.info(f"wrote {folder}, a model that sees at most {config['context_length']} tokens")
 
 
@@ -2343,6 +2383,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1)).bfloat16()
+        # The operator unpacks the weights for every row; from 64 rows on, once for all is faster.
         if len(rows) < 64 and self.weight.size(1) % 32 == 0:  # the operator reads in blocks
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()
         else:  # many rows share one conversion of the weights
@@ -2384,6 +2425,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):  # no glibc: macOS, Windows
         # Freed and mapped anew for every step, large blocks cost a page fault for each 4 KB.
         libc = ctypes.CDLL("libc.so.6")
+        # The numbers are those of glibc's malloc.h.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
@@ -2422,7 +2464,7 @@ class Notes(logging.Handler):
         if process_rank() > 0 and record.levelno < logging.ERROR:
             return
         text = printable(record.getMessage())
-        with contextlib.suppress(OSError, ValueError):  # nobody listens: the run goes on
+        with contextlib.suppress(OSError, ValueError):  # standard error is closed: the run goes on
             if record.name != progress.name:
                 self.clear()
                 print(text, file=sys.stderr, flush=True)
@@ -2471,11 +2513,13 @@ def resume_command(out: str) -> str:
 def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
     """The line of a step: live, or as a note with a sample below it where there is one."""
     loss = "skipped" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
-    val_loss = f"  validation {row['val_loss']:.3f}" if row.get("val_loss") else ""
+    val_loss = f"  validation {row['val_loss']:.3f}" if row.get("val_loss") is not None else ""
     line = (
         f"step {row['step']}/{row['total_steps']}  epoch {row['epoch']}  loss {loss}{val_loss}  "
-        f"{sum(rates) / len(rates):,.0f} tokens/s  {duration(seconds_left)} left"
+        f"{sum(rates) / len(rates):,.0f} tokens/s"
     )
+    if seconds_left > 0:  # unknown at the first step
+        line += f"  {duration(seconds_left)} left"
     if not row.get("sample"):
         progress.info(line)
         return
@@ -2507,12 +2551,15 @@ def run_train(args: argparse.Namespace) -> None:
 
     stop = None
     rates: list[float] = []
+    times: list[float] = []
     started = time.monotonic()
     for count, row in enumerate(run, start=1):
         stop = stop or Stop()  # before the first step, there is nothing to save
-        # The mean of the last twenty: single steps jump.
+        # Means of the last twenty: single steps jump, and the first holds the start-up, too.
         rates = [*rates[-19:], row["tokens_per_second"]]
-        seconds_left = (time.monotonic() - started) / count * (row["total_steps"] - row["step"])
+        times = [*times[-20:], time.monotonic()]
+        pace = (times[-1] - times[0]) / max(1, len(times) - 1)  # seconds a step
+        seconds_left = pace * (row["total_steps"] - row["step"])
         show_step(row, rates, seconds_left)
         if count == 10 and seconds_left > 86400:
             advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
@@ -2527,6 +2574,8 @@ def run_train(args: argparse.Namespace) -> None:
         signal.signal(number, signal.default_int_handler)
     if process_rank() == 0:
         close_run(args, time.monotonic() - started)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def close_run(args: argparse.Namespace, seconds: float) -> None:
@@ -2540,12 +2589,13 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
         when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
         log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
 
-    model, data = find_model(folder), read_data(state["config"]["data"])
-    prompt = []
-    if isinstance(data, list):
+    model, prompt = find_model(folder), []
+    file = find_files(state["config"]["data"])[0]
+    first = next(read_records(file)) if file.suffix.lower() in RECORD_FORMATS else ""
+    if isinstance(first, Example):
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
-        prompt = [data[0].prompt]
+        prompt = [first.prompt]
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
     log.info(f"next      {shlex.join(words)}")
 
@@ -2623,6 +2673,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
                 yield line.removesuffix("\r")
     elif args.prompt == ["-"] or (not args.prompt and is_piped(sys.stdin)):
         text = sys.stdin.read()
+        # A shell ends what it pipes with a line end; Alpaca's frame has one of its own.
         yield text if text.endswith("### Response:\n") else text.removesuffix("\n")
     else:
         yield " ".join(args.prompt) if args.prompt else "I HAD always thought"
@@ -2630,6 +2681,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 def is_piped(stream: IO[str]) -> bool:
     """Whether a pipe or a file stands behind this stream."""
+    # Not isatty: a service's standard input is no terminal, and reading it could take for ever.
     try:
         mode = os.fstat(stream.fileno()).st_mode
     except (OSError, ValueError, AttributeError):
@@ -2643,6 +2695,8 @@ def sampling_options(args: argparse.Namespace) -> dict:
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     check_sampling(**options)
     check_value("seed", args.seed)
+    if "" in args.stop:
+        raise ValueError("stop is an empty text: give some characters")
     for name in ("max_tokens", "num_samples"):
         if vars(args)[name] < 1:
             raise ValueError(f"{name} is {vars(args)[name]}; it must be 1 or more")
@@ -2670,12 +2724,12 @@ def run_generate(args: argparse.Namespace) -> None:
 def prompt_tokens(model: GPT2, text: str) -> Tensor:
     """A prompt as tokens (1, T), with notes on what a person may not expect."""
     tokenizer = load_tokenizer()
-    ids = text_to_token_ids(check_blanks(text, "the prompt"), tokenizer)
+    ids = text_to_token_ids(check_white_space(text, "the prompt"), tokenizer)
     context = model.config["context_length"]
     if ids.size(1) > context:
         log.info(f"of {ids.size(1)} tokens, only the last {context} are seen")
     if text.endswith(" "):
-        log.info("the prompt ends with a blank; GPT-2's tokens begin with it: better without")
+        log.info("the prompt ends with a space; GPT-2's tokens begin with one: better leave it out")
     return ids if ids.numel() else torch.tensor([[tokenizer.eot_token]])
 
 
@@ -2733,13 +2787,15 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
     checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
     labels = checkpoint.get("labels", [])
 
-    if not args.all and checkpoint.get("data_sha256") == fingerprint(files):
-        config = check_config(CONFIG | checkpoint["config"] | {"data": args.data})
+    trained = CONFIG | checkpoint.get("config", {})
+    held_back = checkpoint and not args.all and not trained["val_data"]
+    if held_back and checkpoint.get("data_sha256") == fingerprint(files):
+        config = check_config(trained | {"data": args.data})
         train_set, val_set = load_data(config)
         part = "the part held back" if val_set else "all of it"
         log.info(f"data      the model was trained on this: measuring {part}")
         return val_set or train_set, labels
-    dataset = to_measure(read_data(args.data), context_length, args.data)
+    dataset = evaluation_set(read_data(args.data), context_length, args.data)
     log.info(f"data      {args.data}: {dataset.size()}")
     return dataset, labels
 
@@ -2771,7 +2827,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_tokenize(args: argparse.Namespace) -> None:
     """Write the tokens of texts into one file, which `train --data` maps."""
-    *names, out = args.files
+    *names, out = args.paths
     if not names or Path(out).suffix != ".bin":
         raise ValueError(f"give texts, then the file to write: {out} does not end in .bin")
     files = [path for name in names for path in find_files(name)]
@@ -2870,7 +2926,7 @@ DEFAULTS: dict[str, Any] = CONFIG | {
     **{"num_samples": 1, "stop": [], "prompts": "", "instruct": False, "input": ""},
     **{"only_new": False},
 }
-SPECIAL: dict[str, dict] = {  # what argparse is to know beside type and default
+ARGPARSE_DETAILS: dict[str, dict] = {  # what argparse is to know beside type and default
     "data": {"nargs": "+", "metavar": "FILE", "type": str},
     "model_size": {"choices": list(OPENAI_SIZES), "type": str},
     "top_k": {"type": int, "metavar": "INT"},
@@ -2887,11 +2943,12 @@ COMMANDS: dict[str, tuple] = {  # function, meaning, positional argument, its nu
     "generate": (run_generate, "continue a text", "prompt", "*", TEXT_OPTIONS),
     "eval": (run_eval, "measure a model", "files", "*", EVAL_OPTIONS),
     "export": (run_export, "write a folder that other programs read", "folder", None, ("model",)),
-    "tokenize": (run_tokenize, "write the tokens of texts into one file", "files", "+", ()),
+    "tokenize": (run_tokenize, "write the tokens of texts into one file", "paths", "+", ()),
     "info": (run_info, "say what a model is", "model", None, ()),
 }
 POSITIONALS = {
-    "files": "the same as --data; for tokenize, texts and then the .bin file to write",
+    "files": "the same as --data",
+    "paths": "texts, then the .bin file to write",
     "prompt": "the text to continue; - is standard input",
     "folder": "where to write it",
     "model": OPTIONS["model"]["model"],
@@ -2919,8 +2976,8 @@ class Parser(argparse.ArgumentParser):
 def add_option(group: Any, key: str, meaning: str) -> None:
     """Add an option to a group of a parser. Only what is given will be in the result."""
     default = DEFAULTS[key]
-    if key in SPECIAL:
-        how = SPECIAL[key]
+    if key in ARGPARSE_DETAILS:
+        how = ARGPARSE_DETAILS[key]
     elif isinstance(default, bool):  # what a run stores can also be switched off again
         how = {"action": argparse.BooleanOptionalAction if key in CONFIG else "store_true"}
     else:
@@ -2954,6 +3011,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         re.sub(r"^(--(?:no-)?)([\w-]+)", lambda name: name[1] + name[2].replace("-", "_"), word)
         for word in words
     ]
+    # Only what was given is there: a resumed run must tell a default from a wish.
     given = vars(make_parser().parse_args(words))
     if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
         given["data"] = ",".join(files)
@@ -2963,8 +3021,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def what_went_wrong(error: Exception) -> str | None:
     """One line for a person, about an error that is not a bug of this program; None for a bug."""
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ArithmeticError, ImportError)):
+    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
         return text
+    # PyTorch has no exception class for this on a CPU: its text is all there is.
     if isinstance(error, MemoryError) or re.search("out of memory|n't allocate memory", text):
         return "out of memory: lower batch_size, context_length or emb_dim"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -3006,6 +3065,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    # What was printed before may still have to come out, and fail: after the message.
     log.error(f"gpt2.py {args.command}: error: {message}")
     try:
         sys.stdout.flush()
