@@ -392,7 +392,7 @@ CONFIG: dict[str, Any] = {
     "weight_decay": 0.1,  # how strongly AdamW pulls matrices towards zero
     "grad_clip": 1.0,  # longest gradient; 0: any length
     "seed": 42,  # where all random numbers start
-    # On the way, in steps. 0: once an epoch, or ten times a run if that is more often
+    # On the way, in steps. 0: once an epoch, but 10 to 50 times a run
     "eval_every": 0,  # measure the validation loss and show a sample
     "checkpoint_every": 0,  # save; also every ten minutes and at each lowest validation loss
     "patience": 0,  # stop after so many measurements without a lower one; 0: never
@@ -1594,8 +1594,9 @@ class Run:
 
     def is_due(self, key: str) -> bool:
         """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
-        # 0 means: once an epoch, but about ten times a run at least.
-        often = self.config[key] or min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
+        # 0 means: once an epoch, but ten times a run at least, and fifty at most.
+        often = min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
+        often = self.config[key] or max(often, self.total_steps // 50)
         # A step of a large model takes minutes: nobody is to lose more than ten of them.
         late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
         on_time = self.step % often == 0 or self.step == self.total_steps
@@ -1650,7 +1651,7 @@ class Run:
         prompt = tokenizer.encode(text, allowed_special="all") or self.train_set.sample_prompt()
         ids = torch.tensor([prompt or [tokenizer.eot_token]])  # (1, T)
         ids = generate(self.model, ids, 40, eos_id=tokenizer.eot_token)
-        return token_ids_to_text(ids, tokenizer).rstrip("\ufffd")  # which is half a character
+        return token_ids_to_text(ids, tokenizer).rstrip("\ufffd\n ")  # half a character, and blanks
 
     def measure_start(self) -> None:
         """Measure the model that a run begins with: best.pt is never worse than it."""
@@ -2524,7 +2525,7 @@ def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
         progress.info(line)
         return
     log.info(line)
-    for paragraph in row["sample"].splitlines():
+    for paragraph in filter(str.strip, row["sample"].splitlines()):
         log.info(textwrap.fill(paragraph, 74, initial_indent="    ", subsequent_indent="    "))
 
 
@@ -2574,8 +2575,6 @@ def run_train(args: argparse.Namespace) -> None:
         signal.signal(number, signal.default_int_handler)
     if process_rank() == 0:
         close_run(args, time.monotonic() - started)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def close_run(args: argparse.Namespace, seconds: float) -> None:
@@ -2595,7 +2594,9 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
     if isinstance(first, Example):
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
-        prompt = [first.prompt]
+        frame = r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$"
+        asked = re.search(frame, first.prompt, re.DOTALL)
+        prompt = ["--instruct", asked[1], "--input", asked[2] or ""] if asked else [first.prompt]
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
     log.info(f"next      {shlex.join(words)}")
 
@@ -2751,7 +2752,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
         if streams:
             write(replies[0].news())
         else:
-            progress.info(f"{max(reply.tokens for reply in replies)} tokens")
+            progress.info(f"tokens so far: {max(reply.tokens for reply in replies)}")
         return all(reply.ended for reply in replies)
 
     if streams:
@@ -2893,7 +2894,7 @@ OPTIONS = {
         "warmup_steps": "steps up to the highest learning rate, at most a quarter of all",
         "weight_decay": "AdamW's pull of matrices towards zero",
         "grad_clip": "longest gradient; 0: any length",
-        "eval_every": "steps from one measurement to the next; 0: an epoch, or a tenth of the run",
+        "eval_every": "steps from one measurement to the next; 0: an epoch, but 10 to 50 times a run",
         "checkpoint_every": "steps from one save to the next; 0: as above",
         "patience": "stop after so many measurements without a lower one; 0: never",
         "sample_prompt": "what samples continue, instead of the beginning of the data",
