@@ -2588,7 +2588,8 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
         when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
         log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
 
-    model, prompt = find_model(folder), []
+    model = find_model(folder)
+    prompt: list[str] = []
     file = find_files(state["config"]["data"])[0]
     first = next(read_records(file)) if file.suffix.lower() in RECORD_FORMATS else ""
     if isinstance(first, Example):
@@ -2894,8 +2895,8 @@ OPTIONS = {
         "warmup_steps": "steps up to the highest learning rate, at most a quarter of all",
         "weight_decay": "AdamW's pull of matrices towards zero",
         "grad_clip": "longest gradient; 0: any length",
-        "eval_every": "steps from one measurement to the next; 0: an epoch, but 10 to 50 times a run",
-        "checkpoint_every": "steps from one save to the next; 0: as above",
+        "eval_every": "steps between measurements; 0: an epoch, but 10 to 50 times a run",
+        "checkpoint_every": "steps between saves; 0: as above",
         "patience": "stop after so many measurements without a lower one; 0: never",
         "sample_prompt": "what samples continue, instead of the beginning of the data",
     },
