@@ -2699,6 +2699,8 @@ def sampling_options(args: argparse.Namespace) -> dict:
     check_value("seed", args.seed)
     if "" in args.stop:
         raise ValueError("stop is an empty text: give some characters")
+    if args.input and not args.instruct:
+        raise ValueError("input belongs to an instruction: give --instruct, too")
     for name in ("max_tokens", "num_samples"):
         if vars(args)[name] < 1:
             raise ValueError(f"{name} is {vars(args)[name]}; it must be 1 or more")
@@ -3023,6 +3025,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def what_went_wrong(error: Exception) -> str | None:
     """One line for a person, about an error that is not a bug of this program; None for a bug."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
         return text
     # PyTorch has no exception class for this on a CPU: its text is all there is.
