@@ -1932,6 +1932,7 @@ def start_run(
     # Values, files and folder first: a mistake is not to be found after a long download.
     given = check_given(given)
     checkpoint = load_run(folder / "last.pt") if resume and folder else {}
+    model = load_pretrained(folder / "last.pt") if resume and folder else None
     config = resumed_config(checkpoint["config"], given) if resume else CONFIG | given
     files = find_files(config["data"])
     if config["val_data"]:
@@ -1950,7 +1951,6 @@ def start_run(
 
         train_set, val_set = load_data(config)
         announce(config, machine, train_set, val_set)
-        model = load_pretrained(folder / "last.pt") if resume and folder else None
         model = (model or make_model(config, source)).to(machine.device)
         digest = fingerprint(files) if machine.rank == 0 else ""
         run = Run(config, folder, metrics, machine, model, train_set, val_set, digest)

@@ -1,16 +1,20 @@
 """The tests of gpt2.py, in its order: one class a section, with its name.
 
-    python -m pytest -q                             all of them, without a network
-    python -m pytest -q -k TestTraining             one section; "not notebook" leaves out the longest test
-    GPT2_LONG_TESTS=1 python -m pytest -q           also real kills and signals, a terminal, a full disk
+    python -m pytest -q                         all of them, without a network
+    python -m pytest -q -k TestTraining         one section; "not notebook": not the longest test
+    GPT2_LONG_TESTS=1 python -m pytest -q       also kills, signals, a terminal, a full disk
+    GPT2_REAL_WEIGHTS=1 python -m pytest -q     also OpenAI's 124M, which needs a network
 
-Models are tiny and random: a test says whether the program does what it claims, not whether a model is good.
+Models are tiny and random: a test says whether the program does what it claims, not whether a model
+is good.
 """
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait at this size; and every sum has one order
 
+import hashlib
+import http.server
 import io
 import itertools
 import json
@@ -19,6 +23,7 @@ import math
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -38,17 +43,31 @@ approx = pytest.approx
 cases = pytest.mark.parametrize
 read = gpt2.GPT2.from_pretrained
 pytestmark = pytest.mark.filterwarnings("error")  # nothing here may warn
-long_test = pytest.mark.skipif(not os.environ.get("GPT2_LONG_TESTS"), reason="only with GPT2_LONG_TESTS=1")
+long_test = pytest.mark.skipif(
+    not os.environ.get("GPT2_LONG_TESTS"), reason="only with GPT2_LONG_TESTS=1"
+)
+
 HERE = Path(__file__).resolve().parent
 VERDICT = (HERE / "the-verdict.txt").read_text(encoding="utf-8")
 END = 50256  # <|endoftext|>
-TINY = {"vocab_size": 61, "context_length": 8, "emb_dim": 12, "n_heads": 3, "n_layers": 2,
-        "dropout_rate": 0.0, "qkv_bias": True}
-SMALL = TINY | {"vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1}  # speaks GPT-2's tokens
+TINY = {
+    "vocab_size": 61,
+    "context_length": 8,
+    "emb_dim": 12,
+    "n_heads": 3,
+    "n_layers": 2,
+    "dropout_rate": 0.0,
+    "qkv_bias": True,
+}
+SMALL = TINY | {"vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1}  # GPT-2's tokens
+
+
+# ---- Fixtures ----
+
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """The command line changes its process: signals and log handlers. Put them back. And begin at one seed."""
+    """The command line changes its process: signals, log handlers. Put them back after a test."""
     torch.manual_seed(0)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -56,9 +75,12 @@ def clean_process():
         signal.signal(number, handler)
     gpt2.log.handlers.clear()
     gpt2.log.setLevel(logging.NOTSET)
+
+
 @pytest.fixture
 def cli(capfd, monkeypatch, tmp_path):
-    """gpt2.py as a function, in an empty folder: cli("eval", "--stride", 3) -> .code, .out, .err."""
+    """gpt2.py as a function in an empty folder: cli("eval", "--stride", 3) -> .code, .out, .err."""
+
     def call(*arguments):
         capfd.readouterr()
         gpt2.log.handlers.clear()
@@ -67,25 +89,104 @@ def cli(capfd, monkeypatch, tmp_path):
         except SystemExit as stop:
             code = stop.code
         return SimpleNamespace(code=code, **capfd.readouterr()._asdict())
+
     monkeypatch.chdir(tmp_path)
     return call
-def start(*arguments, **options):
-    """gpt2.py as a process of its own, killed after 100 seconds: no test waits for ever."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    process = subprocess.Popen([sys.executable, HERE / "gpt2.py", *map(str, arguments)], text=True, **pipes)
-    threading.Thread(target=lambda: (time.sleep(100), process.kill()), daemon=True).start()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """GPT-2's tokenizer."""
+    return gpt2.load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """A short run of two epochs. The text comes twice, so that its held-back end can be learnt."""
+    path = write(tmp_path_factory.mktemp("text") / "short.txt", VERDICT[:400] * 2)
+    return SMALL | {
+        "dropout_rate": 0.1,
+        "data": str(path),
+        "batch_size": 3,
+        "grad_accumulation": 2,
+        "epochs": 2.0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "precision": "fp32",
+    }
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, config):
+    """The folder of a run that nothing disturbed; in it folders 1, 2, … as each step left it."""
+    folder = tmp_path_factory.mktemp("whole")
+    for row in gpt2.train(config | {"checkpoint_every": 1}, out=folder):
+        kept = shutil.ignore_patterns("?", "1?", "2?")
+        shutil.copytree(folder, folder / str(row["step"]), ignore=kept)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory):
+    """A file of 15 examples with two labels and prompts of several lengths."""
+    rows = [{"prompt": f"{'very ' * (i % 4)}good {i}", "completion": " ham"} for i in range(8)]
+    rows += [{"prompt": f"win {i}" * (i % 3), "completion": " spam!"} for i in range(7)]
+    return write_lines(tmp_path_factory.mktemp("examples") / "examples.jsonl", *rows)
+
+
+# ---- Helpers ----
+
+
+def write(path, text):
+    """Write a text file, with line ends as they are, and return its path."""
+    Path(path).write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def write_lines(path, *entries):
+    """Write a file with a JSON object on each line, and return its path."""
+    return write(path, "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries))
+
+
+def start(*arguments, seconds=300, **options):
+    """gpt2.py as a process of its own, killed in the end: no test waits for ever."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, HERE / "gpt2.py", *map(str, arguments)]
+    process = subprocess.Popen(command, text=True, **pipes | options)
+    watch = threading.Timer(seconds, process.kill)
+    watch.daemon = True
+    watch.start()
     return process
+
+
 def refused(cause, call, error=ValueError):
     """The call raises this error, and its message names the cause (a regular expression)."""
     with pytest.raises(error) as caught:
         call()
     assert re.search(cause, str(caught.value), re.DOTALL), str(caught.value)
-def fail(error):
-    return lambda *arguments, **named: (_ for _ in ()).throw(error)
+
+
+def raising(error):
+    """A function that raises this error, whatever it is called with."""
+
+    def fail(*arguments, **named):
+        raise error
+
+    return fail
+
+
 def at_call(k, act, function):
-    """`function`, but its k-th call does `act` first."""
+    """`function`, but before its k-th call comes `act`."""
     calls = itertools.count(1)
-    return lambda *arguments: (next(calls) == k and act(), function(*arguments))[1]
+
+    def wrapped(*arguments, **named):
+        if next(calls) == k:
+            act()
+        return function(*arguments, **named)
+
+    return wrapped
+
+
 def lively(config, scale=0.3, seed=0):
     """A model whose logits differ by more than rounding; those of an untrained one hardly do."""
     torch.manual_seed(seed)
@@ -93,13 +194,22 @@ def lively(config, scale=0.3, seed=0):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=scale)
     return model
+
+
 def some_ids(*shape, vocab=61, seed=1):
+    """Random token ids of this shape."""
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def save_model(model, path):
+    """Save a model as a checkpoint without a run, and return its path."""
     gpt2.save_checkpoint(path, {"config": model.config, "model": model.state_dict()})
     return path
+
+
 def speaking(path, tokens, after=1):
-    """Save a real model that says these tokens after a prompt of `after`: its positions alone decide."""
+    """Save a real model that says these tokens after a prompt of `after` tokens: only positions
+    decide what it says."""
     model = gpt2.GPT2(SMALL | {"context_length": after + len(tokens) + 9, "emb_dim": 32})
     kinds = sorted(set(tokens))
     with torch.no_grad():
@@ -111,490 +221,977 @@ def speaking(path, tokens, after=1):
         for t, token in enumerate(tokens):
             model.position_embedding.weight[after - 1 + t, kinds.index(token)] = 100.0
     return save_model(model, path)
+
+
 def same(a, b):
+    """Whether two nests of dicts, lists, tensors and values are equal bit for bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def numbers(rows, *without):
+    """The rows of a run without what may differ between equal runs."""
     dropped = {"tokens_per_second", "sample", "total_steps", "model", *without}
     return [{key: value for key, value in row.items() if key not in dropped} for row in rows]
+
+
 def assert_close(rows, reference, *without):
+    """Two runs have the same rows up to rounding."""
     for row, expected in zip(numbers(rows, *without), numbers(reference, *without), strict=True):
         assert row == approx(expected, rel=1e-4)
+
+
 def metrics_of(folder):
+    """The rows of a folder's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
 def load(path):
+    """A checkpoint, in memory of its own."""
     return gpt2.load_checkpoint(path, mmap=False)
+
+
 def assert_same_run(folder, reference, best=True):
     """Two folders hold the same metrics, weights and moments, and the same best weights."""
     assert numbers(metrics_of(folder)) == numbers(metrics_of(reference))
     ours, theirs = load(folder / "last.pt"), load(reference / "last.pt")
-    assert all(same(ours[key], theirs[key]) for key in ("step", "tokens_seen", "model", "optimizer"))
+    assert all(
+        same(ours[key], theirs[key]) for key in ("step", "tokens_seen", "model", "optimizer")
+    )
     if best:
         ours, theirs = load(folder / "best.pt"), load(reference / "best.pt")
         assert same(ours["step"], theirs["step"]) and same(ours["model"], theirs["model"])
+
+
 def words(config):
-    flags = [f"--{'' if value else 'no-'}{key}" for key, value in config.items() if isinstance(value, bool)]
-    return flags + [f"--{key}={value}" for key, value in config.items() if not isinstance(value, bool)]
-def write(path, text):
-    Path(path).write_text(text, encoding="utf-8", newline="")
-    return path
-def write_lines(path, *entries):
-    return write(path, "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries))
-@pytest.fixture(scope="session")
-def tokenizer():
-    return gpt2.load_tokenizer()
-@pytest.fixture(scope="session")
-def config(tmp_path_factory):
-    """Two epochs of 7 steps, the last with fewer windows. The text comes twice: so its end can be learnt."""
-    path = write(tmp_path_factory.mktemp("text") / "short.txt", VERDICT[:400] * 2)
-    return SMALL | {"dropout_rate": 0.1, "data": str(path), "batch_size": 3, "grad_accumulation": 2,
-                    "epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2, "precision": "fp32"}
-@pytest.fixture(scope="session")
-def one_window(tmp_path_factory, tokenizer):
-    path = write(tmp_path_factory.mktemp("one") / "one.txt", tokenizer.decode(tokenizer.encode(VERDICT)[:9]))
-    return SMALL | {"data": str(path), "val_fraction": 0.0, "epochs": 5, "learning_rate": 1e-3, "precision": "fp32"}
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory, config):
-    """The folder of a run that nothing disturbed, and in it folders 1, 2, ... as each step left it."""
-    folder = tmp_path_factory.mktemp("whole")
-    for row in gpt2.train(config | {"checkpoint_every": 1}, out=folder):
-        shutil.copytree(folder, folder / str(row["step"]), ignore=shutil.ignore_patterns("?", "1?"))
-    return folder
-@pytest.fixture(scope="session")
-def examples(tmp_path_factory):
-    rows = [{"prompt": f"{'very ' * (i % 4)}good {i}", "completion": " ham"} for i in range(8)]
-    rows += [{"prompt": f"win {i}" * (i % 3), "completion": " spam!"} for i in range(7)]
-    return write_lines(tmp_path_factory.mktemp("examples") / "examples.jsonl", *rows)
+    """A config as words of the command line."""
+    flags = [
+        f"--{'' if config[key] else 'no-'}{key}"
+        for key in config
+        if config[key] in (True, False) and type(config[key]) is bool
+    ]
+    return flags + [f"--{key}={value}" for key, value in config.items() if type(value) is not bool]
+
 
 # ---- One independent reference: GPT-2 with loops, in float64, under OpenAI's names ----
+
+
 def openai_weights(model):
-    """The model's weights under the names of OpenAI's file, whose matrices are input x output."""
+    """The model's weights under the names of OpenAI's file, whose matrices are input × output."""
     ours = model.state_dict()
-    theirs = {"wte.weight": ours["token_embedding.weight"], "wpe.weight": ours["position_embedding.weight"]}
-    stems = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.query_key_value",
-             "attn.c_proj": "attention.projection", "mlp.c_fc": "feed_forward.expand",
-             "mlp.c_proj": "feed_forward.projection"}
+    theirs = {
+        "wte.weight": ours["token_embedding.weight"],
+        "wpe.weight": ours["position_embedding.weight"],
+    }
+    stems = {
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "attn.c_attn": "attention.query_key_value",
+        "attn.c_proj": "attention.projection",
+        "mlp.c_fc": "feed_forward.expand",
+        "mlp.c_proj": "feed_forward.projection",
+    }
     layers = range(model.config["n_layers"])
-    pairs = [(f"h.{i}.{their}", f"blocks.{i}.{our}") for i in layers for their, our in stems.items()]
+    pairs = [
+        (f"h.{i}.{their}", f"blocks.{i}.{our}") for i in layers for their, our in stems.items()
+    ]
     for their, our in [*pairs, ("ln_f", "final_norm")]:
         weight = ours[f"{our}.weight"]
         theirs[f"{their}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
         theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
     return theirs
+
+
 def reference_logits(weights, n_heads, ids):
     """GPT-2 as the paper tells it: T token ids -> logits (T, V)."""
+
     def norm(x, name):
         mean = sum(x.tolist()) / width
         variance = sum((value - mean) ** 2 for value in x.tolist()) / width
         return (x - mean) / math.sqrt(variance + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+
     def dense(x, name):
         return x @ w[name + ".weight"] + w[name + ".bias"]
+
     def gelu(v):
         return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
     w = {name: tensor.double() for name, tensor in weights.items()}
     width = w["wte.weight"].size(1)
     size = width // n_heads
     stream = [w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(ids)]
+
     for block in (f"h.{i}." for i in range(99) if f"h.{i}.ln_1.weight" in w):
         parts = [dense(norm(x, block + "ln_1"), block + "attn.c_attn").split(width) for x in stream]
         for t, x in enumerate(stream):
             outputs = []
             for head in (slice(h * size, (h + 1) * size) for h in range(n_heads)):
                 query = parts[t][0][head]
-                scores = [(query @ key[head]).item() / math.sqrt(size) for _, key, _ in parts[: t + 1]]
+                scores = [
+                    (query @ key[head]).item() / math.sqrt(size) for _, key, _ in parts[: t + 1]
+                ]
                 shares = [math.exp(score - max(scores)) for score in scores]
-                outputs.append(sum(a / sum(shares) * v[head] for a, (_, _, v) in zip(shares, parts)))
+                values = [value[head] for _, _, value in parts[: t + 1]]
+                outputs.append(
+                    sum(a / sum(shares) * v for a, v in zip(shares, values, strict=True))
+                )
             stream[t] = x + dense(torch.cat(outputs), block + "attn.c_proj")
         for t, x in enumerate(stream):
             hidden = dense(norm(x, block + "ln_2"), block + "mlp.c_fc")
             bent = torch.tensor([gelu(v) for v in hidden.tolist()], dtype=torch.float64)
             stream[t] = x + dense(bent, block + "mlp.c_proj")
+
     return torch.stack([w["wte.weight"] @ norm(x, "ln_f") for x in stream])
 
+
 # ==== Part one ====
+
+
+# ==== Part one ====
+
+
+class Stub(nn.Module):
+    """Stands in for a GPT2: a function makes its logits (B, V) of the ids (B, T) that it reads."""
+
+    def __init__(self, logits_of, context=8):
+        super().__init__()
+        self.config = {"context_length": context}
+        self.logits_of = logits_of
+        self.blocks = nn.ModuleList()
+        self.anchor = nn.Parameter(torch.zeros(1))  # says on which device the model is
+        self.read = []  # what each call was given
+
+    def forward(self, idx, cache=None, last_only=False):
+        self.read.append(idx.tolist())
+        return self.logits_of(idx)[:, None]
+
+
+def successor(ids):
+    """Logits (B, 30) of the rule "after token t comes t + 1"."""
+    return nn.functional.one_hot(ids[:, -1] + 1, 30).float()
+
+
+def always(*logits):
+    """A rule with the same logits after every text."""
+    return lambda ids: torch.tensor(logits).expand(len(ids), -1)
+
+
+def seeded(seed):
+    """A generator of random numbers that begins at this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
 class TestAttention:
     @torch.no_grad()
     @cases("causal", [False, True])
     def test_one_head_is_the_formula(self, causal):
-        head = gpt2.CausalAttention(6, 4, 7, 0.0, True) if causal else gpt2.SelfAttention(6, 4, True)
+        head = gpt2.CausalAttention(6, 4, 7, 0.0) if causal else gpt2.SelfAttention(6, 4)
         x = torch.randn(2, 5, 6)
         q, k, v = (layer(x) for layer in (head.query, head.key, head.value))
+
         for b, t in itertools.product(range(2), range(5)):
             n_seen = t + 1 if causal else 5
             shares = [math.exp(float(q[b, t] @ k[b, s]) / math.sqrt(4)) for s in range(n_seen)]
             weights = torch.tensor(shares + [0.0] * (5 - n_seen)) / sum(shares)
             assert torch.allclose(head.weights(x)[b, t], weights, atol=1e-6)
             assert torch.allclose(head(x)[b, t], weights @ v[b], atol=1e-6)
-    def test_attention_dropout_drops_links_and_then_values(self):
-        """With a single token each head has one link, dropped or doubled; and so is then each value."""
+
+    @cases("bias", [False, True])
+    def test_queries_keys_and_values_have_biases_where_qkv_bias_says_so(self, bias):
+        given = {"qkv_bias": True} if bias else {}  # where nothing is said, there are none
+        names = {f"{part}.weight" for part in ("query", "key", "value")}
+        names |= {name.replace("weight", "bias") for name in names if bias}
+        for head in (
+            gpt2.SelfAttention(6, 4, **given),
+            gpt2.CausalAttention(6, 4, 7, 0.0, **given),
+        ):
+            assert head.state_dict().keys() == names
+
+        many = gpt2.MultiHeadAttention(TINY | {"qkv_bias": bias})
+        assert (many.query_key_value.bias is not None) == bias
+        assert many.projection.bias is not None
+
+    @torch.no_grad()
+    def test_many_heads_are_single_heads_side_by_side_and_then_mixed(self):
+        many = gpt2.MultiHeadAttention(TINY)
+        matrices = many.query_key_value.weight.view(3, 3, 4, 12)  # query, key, value; head
+        biases = many.query_key_value.bias.view(3, 3, 4)
+        heads = [gpt2.CausalAttention(12, 4, 8, 0.0, qkv_bias=True) for _ in range(3)]
+        for h, head in enumerate(heads):
+            for i, layer in enumerate((head.query, head.key, head.value)):
+                layer.weight.copy_(matrices[i, h])
+                layer.bias.copy_(biases[i, h])
+
+        x = torch.randn(2, 8, 12)
+        expected = many.projection(torch.cat([head(x) for head in heads], dim=-1))
+        assert torch.allclose(many(x), expected, atol=1e-6)
+
+    def test_dropout_drops_links_and_then_outputs_while_training(self):
+        """With a single token a head has one link, dropped or doubled, and so is each output."""
         many = gpt2.MultiHeadAttention(TINY | {"dropout_rate": 0.5})
-        many.projection.weight.data = torch.eye(12)
-        many.projection.bias.data.zero_()
+        nn.init.eye_(many.projection.weight)
+        nn.init.zeros_(many.projection.bias)
         x = torch.randn(500, 1, 12)
         ratio = (many(x) / many.eval()(x)).detach().round(decimals=2)
-        heads = (ratio > 0).view(500, 3, 4).any(-1).float().mean()  # half, but for those that lost all values
-        assert ratio.unique().tolist() == [0, 4] and heads.item() == approx(0.5 * 15 / 16, abs=0.05)
-        single = gpt2.CausalAttention(12, 4, 500, 0.5)
-        kept = (single.weights(x.transpose(0, 1)) > 0).sum() / (500 * 501 / 2)
-        assert kept.item() == approx(0.5, abs=0.05)
+        assert ratio.unique().tolist() == [0, 4]
+
+        # Half of the heads keep their link; of those, one in 2⁴ loses all four outputs.
+        alive = (ratio > 0).view(500, 3, 4).any(dim=-1).float().mean()
+        assert alive.item() == approx(0.5 * 15 / 16, abs=0.05)
+
+    def test_dropout_of_a_single_head_drops_links_while_training(self):
+        head = gpt2.CausalAttention(12, 4, 300, 0.5)
+        x = torch.randn(1, 300, 12)
+        ratio = (head.weights(x) / head.eval().weights(x))[0].detach()
+        links = ratio[torch.ones(300, 300).tril() > 0]
+        assert links.round(decimals=3).unique().tolist() == [0, 2]
+        assert (links > 0).float().mean().item() == approx(0.5, abs=0.02)
+
 
 class TestBlock:
-    def test_feed_forward_dropout_drops_its_output(self):
-        feed_forward = gpt2.FeedForward(TINY | {"dropout_rate": 0.5})
+    @cases("scale", [1e-3, 1.0, 100.0])
+    def test_layer_norm_is_that_of_pytorch(self, scale):
+        ours, theirs = gpt2.LayerNorm(12).double(), nn.LayerNorm(12).double()
+        assert same(ours.state_dict(), theirs.state_dict())
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter)
+        ours.load_state_dict(theirs.state_dict())
+        x = scale * (torch.randn(2, 5, 12, dtype=torch.float64) + 3)
+        assert torch.allclose(ours(x), theirs(x), rtol=1e-10, atol=1e-12)
+
+    def test_feed_forward_dropout_drops_its_output_while_training(self):
+        layer = gpt2.FeedForward(TINY | {"dropout_rate": 0.5})
         x = torch.randn(50, 12)
-        ratio = (feed_forward(x) / feed_forward.eval()(x)).detach().round(decimals=3)
+        ratio = (layer(x) / layer.eval()(x)).detach().round(decimals=3)
         assert ratio.unique().tolist() == [0, 2]
+
 
 class TestModel:
     @cases("bias", [True, False])
     @cases("heads", [1, 2, 3, 6])
+    @torch.no_grad()
     def test_it_is_the_reference_over_heads_bias_and_lengths(self, heads, bias):
         model = lively(TINY | {"n_heads": heads, "qkv_bias": bias})
+        weights = openai_weights(model)
         for length in (1, 2, 5, 8):
             idx = some_ids(2, length, seed=length)
-            expected = torch.stack([reference_logits(openai_weights(model), heads, row) for row in idx])
+            expected = torch.stack([reference_logits(weights, heads, row) for row in idx])
             assert torch.allclose(model(idx).double(), expected, atol=1e-4)
+
     @cases("scale", [1e-3, 0.02, 1.0, 3.0])
     def test_it_is_the_reference_where_epsilon_and_the_form_of_gelu_matter(self, scale):
         model = lively(TINY | {"n_layers": 3}, scale).double()
         expected = reference_logits(openai_weights(model), 3, some_ids(8))
         assert torch.allclose(model(some_ids(1, 8))[0], expected, rtol=1e-8, atol=1e-9 * scale)
+
     @cases("chunks", [[1] * 8, [3, 1, 4], [5, 3], [6, 2], [1, 7], [8]])
-    def test_read_in_chunks_with_a_cache_it_is_the_reference(self, chunks):
+    @torch.no_grad()
+    def test_read_in_pieces_with_a_cache_it_is_the_reference(self, chunks):
         model = lively(TINY)
         idx = some_ids(3, 8)
-        expected = torch.stack([reference_logits(openai_weights(model), 3, row) for row in idx])
+        weights = openai_weights(model)
+        expected = torch.stack([reference_logits(weights, 3, row) for row in idx])
+
         cache = [gpt2.KeyValueCache(8) for _ in model.blocks]
-        with torch.no_grad():
-            logits = torch.cat([model(part, cache) for part in idx.split(chunks, dim=1)], dim=1)
-            assert torch.allclose(logits.double(), expected, atol=1e-4)
-            assert torch.allclose(model(idx, last_only=True).double(), expected[:, -1:], atol=1e-4)
-        refused("9.* 8", lambda: model(idx[:, :1], cache))  # the cache is full
-        refused("9.* 8", lambda: model(some_ids(1, 9)))
+        logits = torch.cat([model(part, cache) for part in idx.split(chunks, dim=1)], dim=1)
+        assert torch.allclose(logits.double(), expected, atol=1e-4)
+        refused("9.*8", lambda: model(idx[:, :1], cache))  # the cache is full
+
+    def test_only_the_last_tokens_logits_are_made_where_asked(self):
+        model, idx = lively(TINY), some_ids(3, 8)
+        last = model(idx, last_only=True)
+        assert last.shape == (3, 1, 61)
+        assert torch.allclose(last, model(idx)[:, -1:], atol=1e-5)
+
+    def test_more_tokens_than_the_context_are_refused_with_both_numbers(self):
+        model = gpt2.GPT2(TINY)
+        assert model(some_ids(1, 8)).shape == (1, 8, 61)
+        refused("9.*8", lambda: model(some_ids(1, 9)))
+
+    @cases("bias, count", [(True, 4620), (False, 4620 - 2 * 3 * 12)])
+    def test_the_head_is_the_token_embedding_and_counts_once(self, bias, count):
+        model = gpt2.GPT2(TINY | {"qkv_bias": bias})
+        assert model.head.weight is model.token_embedding.weight
+        assert model.num_parameters() == count
+
+        # So a step of training moves both, and the rows of tokens that were only scored, too.
+        model(some_ids(1, 8)).square().sum().backward()
+        assert (model.token_embedding.weight.grad != 0).any(dim=-1).all()
+
+    def test_it_reads_its_own_keys_of_a_config_and_keeps_only_these(self):
+        assert gpt2.GPT2(TINY | {"learning_rate": "no model's affair"}).config == TINY
+
+    @cases("key", TINY)
+    def test_a_key_that_is_missing_is_named(self, key):
+        refused(key, lambda: gpt2.GPT2({name: TINY[name] for name in TINY if name != key}))
+
     def test_embedding_dropout_acts_on_the_sum_of_token_and_position(self):
         model = lively(TINY | {"dropout_rate": 0.5, "n_layers": 1})
-        for layer in (model.blocks[0].attention.projection, model.blocks[0].feed_forward.projection):
-            layer.weight.data.zero_()  # such a block adds nothing to the stream
-            layer.bias.data.zero_()
         streams = []
-        model.final_norm.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0].detach()))
+        model.blocks[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
         model.train()(some_ids(8, 8))
         model.eval()(some_ids(8, 8))
-        assert (streams[0] / streams[1]).round(decimals=3).unique().tolist() == [0, 2]
-    def test_initial_weights_have_the_stated_spread_and_such_a_model_guesses(self):
-        model = gpt2.GPT2(TINY | {"vocab_size": 900, "emb_dim": 96, "n_layers": 8, "context_length": 200})
-        for name, parameter in model.named_parameters():
+        ratio = (streams[0] / streams[1]).detach()
+        assert ratio.round(decimals=3).unique().tolist() == [0, 2]
+
+    def test_initial_weights_have_the_stated_spread(self):
+        size = {"vocab_size": 900, "emb_dim": 96, "n_layers": 8, "context_length": 200}
+        for name, parameter in gpt2.GPT2(TINY | size).named_parameters():
             if parameter.dim() == 2:
                 std = 0.02 / 4 if "projection" in name else 0.02  # 2 · 8 layers: the root is 4
                 assert parameter.std().item() == approx(std, rel=0.05), name
+                assert parameter.mean().item() == approx(0, abs=std / 20), name
             else:
-                assert (parameter == (1.0 if "norm" in name and "weight" in name else 0.0)).all(), name
-        ids = some_ids(2, 200, vocab=900)
-        assert gpt2.summed_loss(model(ids), ids.roll(1, 0)).item() / 400 == approx(math.log(900), abs=0.1)
+                one = "norm" in name and name.endswith("weight")
+                assert (parameter == (1.0 if one else 0.0)).all(), name
+
 
 class TestData:
-    def test_text_to_ids_and_back(self, tokenizer):
+    def test_the_tokenizer_is_gpt2s(self, tokenizer):
+        assert gpt2.text_to_token_ids("Hello, world", tokenizer).tolist() == [[15496, 11, 995]]
+        assert tokenizer.n_vocab == 50257
+        ids = gpt2.text_to_token_ids(VERDICT, tokenizer)[0]
+        assert (len(VERDICT), len(ids), len(ids.unique())) == (20479, 5145, 1416)
+
+    @cases("chosen", ["elsewhere", None])
+    def test_the_vocabulary_is_the_copy_here_unless_the_user_chose(self, monkeypatch, chosen):
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+        if chosen:
+            monkeypatch.setenv("TIKTOKEN_CACHE_DIR", chosen)
+        gpt2.load_tokenizer.cache_clear()
+        gpt2.load_tokenizer()
+        assert os.environ["TIKTOKEN_CACHE_DIR"] == (chosen or str(gpt2.HERE / ".tiktoken"))
+
+    def test_text_becomes_ids_and_the_same_text_again(self, tokenizer):
         text = "Hello, 🙂 <|endoftext|> world"
         ids = gpt2.text_to_token_ids(text, tokenizer)
-        assert ids.tolist() == [tokenizer.encode_ordinary(text)] and END not in ids
-        assert all(gpt2.token_ids_to_text(i, tokenizer) == text for i in (ids, ids[0], ids[0].tolist()))
-        assert gpt2.token_ids_to_text([0, END, 50257], tokenizer) == "!<|endoftext|>"  # nothing is beyond
-    @cases("stride, shift, starts", [(None, 0, [0, 4, 8]), (1, 0, range(12)), (3, 0, [0, 3, 6, 9]),
-                                     (9, 0, [0, 9]), (5, 3, [0, 2, 7])])
-    def test_windows_begin_every_stride_less_the_shift_and_targets_are_one_ahead(self, stride, shift, starts):
-        dataset = gpt2.GPTDataset(torch.arange(16)[None], 4, stride)
-        dataset.shift += shift  # training does
-        windows = [dataset[i] for i in range(len(dataset))]
-        assert [x.tolist() for x, _ in windows] == [list(range(begin, begin + 4)) for begin in starts]
-        assert all(torch.equal(x + 1, y) and x.dtype == y.dtype == torch.long for x, y in windows)
-    @cases("change, n_val", [({}, 515), ({"max_val_tokens": 100}, 100), ({"val_fraction": 0.0}, 0),
-                             ({"val_fraction": 0.00021}, 2), ({"context_length": 4629, "stride": 7}, 515)])
-    def test_the_end_of_the_tokens_is_held_back_and_the_rest_cut_into_windows(self, tokenizer, change, n_val):
-        train_set, val_set = gpt2.load_data(gpt2.CONFIG | change)
-        ids = tokenizer.encode(VERDICT)
-        assert train_set.token_ids.tolist() == ids[: 5145 - n_val]
-        assert (val_set.token_ids.tolist() if val_set else []) == ids[5145 - n_val :]
-        assert train_set.starts.step == change.get("stride", 32)  # else half the context
-    def test_too_few_tokens_are_refused_but_a_text_held_back_from_nothing_may_be_short(self):
-        for key, value in (("context_length", 4630), ("max_val_tokens", 1)):
-            refused("too few .*context.*val_fraction", lambda: gpt2.load_data(gpt2.CONFIG | {key: value}))
-        for context, used in ((5144, 5144), (5145, 5144), (9999, 5144), (64, 64)):
-            train_set, _ = gpt2.load_data(gpt2.CONFIG | {"val_fraction": 0.0, "context_length": context})
-            assert train_set.context_length == used
-    def test_a_validation_text_shorter_than_the_context_is_measured_whole(self, tokenizer):
-        _, val_set = gpt2.load_data(gpt2.CONFIG | SMALL | {"max_val_tokens": 5})
-        ids = torch.tensor([tokenizer.encode(VERDICT)[-5:]])
-        model = lively(SMALL)
-        expected = gpt2.summed_loss(model(ids[:, :-1]), ids[:, 1:]).item() / 4
-        assert gpt2.evaluate(model, val_set) == approx(expected, rel=1e-5)
+        assert ids.shape == (1, ids.numel()) and ids.dtype == torch.long
+        assert ids.tolist()[0].count(END) == 1  # the token, not its letters
+        for form in (ids, ids[0], ids[0].tolist()):
+            assert gpt2.token_ids_to_text(form, tokenizer) == text
+
+    def test_half_a_character_is_a_sign_and_an_unknown_token_is_nothing(self, tokenizer):
+        half = tokenizer.encode("🙂")[:1]
+        assert gpt2.token_ids_to_text(half, tokenizer) == "�"
+        assert gpt2.token_ids_to_text([0, END, 50257, 50303], tokenizer) == "!<|endoftext|>"
+
+    @cases(
+        "stride, offset, starts",
+        [
+            (None, 0, [0, 4, 8, 11]),
+            (3, 0, [0, 3, 6, 9, 11]),
+            (11, 0, [0, 11]),
+            (4, 1, [0, 3, 7, 11, 11]),
+            (3, 2, [0, 1, 4, 7, 10, 11]),
+            (5, 5, [0, 0, 5, 10, 11]),
+        ],
+    )
+    def test_windows_begin_every_stride_and_targets_are_one_ahead(self, stride, offset, starts):
+        dataset = gpt2.GPTDataset(torch.arange(16)[None], 4, stride, offset)
+        assert len(dataset) == len(starts)
+        for (x, y), start in zip(dataset, starts, strict=True):
+            assert x.tolist() == list(range(start, start + 4))
+            assert y.tolist() == list(range(start + 1, start + 5))
+
+    @cases("stride", [1, 2, 3, 4])
+    def test_every_token_but_the_first_is_a_target_wherever_the_text_is_cut(self, stride):
+        lengths, offsets = range(5, 24), range(stride + 1)
+        for length, offset in itertools.product(lengths, offsets):
+            dataset = gpt2.GPTDataset(range(length), 4, stride, offset)
+            targets = {token for _, y in dataset for token in y.tolist()}
+            assert targets == set(range(1, length)), (length, offset)
+
+    def test_there_is_no_window_before_the_first_and_after_the_last(self):
+        dataset = gpt2.GPTDataset(range(16), 4)
+        for index in (-1, 4):
+            refused(str(index), lambda index=index: dataset[index], IndexError)
+
+    def test_a_text_must_fill_one_window(self):
+        dataset = gpt2.GPTDataset(range(5), 4)
+        assert [(x.tolist(), y.tolist()) for x, y in dataset] == [([0, 1, 2, 3], [1, 2, 3, 4])]
+        refused("4 .*context_length 4", lambda: gpt2.GPTDataset(range(4), 4))
+        refused("0 .*context_length 4", lambda: gpt2.GPTDataset([], 4))
+
+    def test_tokens_of_a_small_kind_become_long_ones(self):
+        x, y = gpt2.GPTDataset(torch.tensor([50256, 0, 1], dtype=torch.uint16), 2)[0]
+        assert x.dtype == y.dtype == torch.long
+        assert (x.tolist(), y.tolist()) == ([50256, 0], [0, 1])
+
+    @torch.no_grad()
+    def test_items_of_any_length_make_a_batch_whose_padding_counts_for_nothing(self):
+        items = [(some_ids(n, seed=n), some_ids(n, seed=n + 50)) for n in (3, 8, 1)]
+        x, y = gpt2.collate(items)
+        assert x.shape == y.shape == (3, 8)
+        assert (y != -100).sum(dim=1).tolist() == [3, 8, 1]
+        for row, (alone, target) in enumerate(items):
+            assert torch.equal(x[row, : len(alone)], alone)
+            assert torch.equal(y[row, : len(target)], target)
+
+        model = lively(TINY)
+        apart = sum(gpt2.summed_loss(model(x[None]), y[None]) for x, y in items)
+        assert gpt2.summed_loss(model(x), y).item() == approx(apart.item(), rel=1e-5)
+
 
 class TestConfig:
-    def test_the_default_values_and_their_model(self):
-        assert gpt2.CONFIG == {
-            "vocab_size": 50257, "context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4,
-            "dropout_rate": 0.0, "qkv_bias": True, "data": "the-verdict.txt", "val_fraction": 0.1,
-            "max_val_tokens": 100_000, "stride": 0, "batch_size": 6, "grad_accumulation": 1, "epochs": 26,
-            "max_steps": 0, "learning_rate": 4e-3, "min_learning_rate": 1e-4, "warmup_steps": 150,
-            "weight_decay": 0.1, "grad_clip": 1.0, "seed": 42, "eval_every": 0, "checkpoint_every": 0,
-            "sample_prompt": "", "device": "auto", "precision": "auto", "compile": False}
-        with torch.device("meta"):
-            assert gpt2.GPT2(gpt2.CONFIG).num_parameters() == 7_234_432
+    def test_the_default_values_and_the_size_of_their_model(self):
+        model = {"vocab_size": 50257, "context_length": 64, "emb_dim": 128, "n_heads": 4}
+        model |= {"n_layers": 4, "dropout_rate": 0.0, "qkv_bias": True}
+        data = {"data": "the-verdict.txt", "val_data": "", "val_fraction": 0.1}
+        data |= {"max_val_tokens": 100_000, "stride": 0}
+        length = {"batch_size": 6, "grad_accumulation": 1, "epochs": 26.0, "schedule_steps": 0}
+        rate = {"learning_rate": 4e-3, "min_learning_rate": 1e-4, "warmup_steps": 150}
+        rest = {"max_steps": 0, "weight_decay": 0.1, "grad_clip": 1.0, "seed": 42}
+        on_the_way = {"eval_every": 0, "checkpoint_every": 0, "patience": 0, "sample_prompt": ""}
+        machine = {"device": "auto", "precision": "auto", "compile": False}
+        assert model | data | length | rate | rest | on_the_way | machine == gpt2.CONFIG
+        assert gpt2.check_config(gpt2.CONFIG) == gpt2.CONFIG
+        assert gpt2.GPT2(gpt2.CONFIG).num_parameters() == 7_234_432
+
     @cases("key", gpt2.CONFIG)
-    def test_a_value_of_another_type_or_out_of_its_limits_names_its_key(self, key):
+    def test_a_value_of_another_kind_is_refused_with_its_key(self, key):
         kind = type(gpt2.CONFIG[key])
-        bad = [None, b"x", [1], "x" if kind is not str else 1] + [2.5] * (kind is int)
-        if kind in (int, float):
-            low = int(key in (*list(gpt2.CONFIG)[:5], "batch_size", "grad_accumulation", "epochs"))
-            high = 0.99 if key in ("dropout_rate", "val_fraction") else 10**6 if low else 10**9
-            bad += [True, low - 1, math.nan, math.inf, high + (1 if kind is int else 0.001)]
-            fitting = {"n_heads": 1} if key == "emb_dim" else {"emb_dim": 10**6} if key == "n_heads" else {}
-            for good in (high, 50257 if key == "vocab_size" else low):
-                assert gpt2.check_config(fitting | {key: good})[key] == good
+        bad = [None, b"x", [1], {}]
+        bad += [1] if kind is str else ["1"]
+        bad += [1.5, True] if kind is int else [True] if kind is float else [0, 1]
+        bad += [math.nan, math.inf, -math.inf, -1] if kind in (int, float) else []
         for value in bad:
-            refused(key, lambda: gpt2.check_config({key: value}))
-    def test_what_does_not_fit_together_is_named(self):
-        refused("epohcs", lambda: gpt2.check_config({"epohcs": 3}))
-        refused("vocab_size 61", lambda: gpt2.check_config({"vocab_size": 61}))  # a run needs all of GPT-2's
+            refused(key, lambda value=value: gpt2.check_value(key, value))
+            refused(key, lambda value=value: gpt2.check_config(gpt2.CONFIG | {key: value}))
+            refused(key, lambda value=value: gpt2.check_given({key: value}))
+
+    @cases("key", ["vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"])
+    def test_a_model_of_size_nothing_is_refused(self, key):
+        refused(key, lambda: gpt2.GPT2(TINY | {key: 0}))
+        assert gpt2.GPT2(TINY | {"n_heads": 1, "emb_dim": 1} | {key: 1}).config[key] == 1
+
+    def test_a_number_that_cannot_be_meant_is_refused_with_its_key(self):
+        impossible = {"batch_size": 0, "grad_accumulation": 0, "epochs": 0.0}  # no step
+        impossible |= {"dropout_rate": 1.0, "val_fraction": 1.0}  # nothing would be left
+        impossible |= {"n_layers": 10**7, "max_steps": 10**10}  # for hours, for ever
+        for key, value in impossible.items():
+            with pytest.raises(ValueError, match=f"{key}.*must be"):
+                gpt2.check_given({key: value})
+
+    def test_numbers_that_people_use_are_taken(self):
+        smallest = {"batch_size": 1, "grad_accumulation": 1, "epochs": 0.001, "seed": 0}
+        off = dict.fromkeys(("stride", "max_steps", "warmup_steps", "patience", "eval_every"), 0)
+        none = dict.fromkeys(("dropout_rate", "val_fraction", "weight_decay", "grad_clip"), 0.0)
+        sizes = {"vocab_size": 50304, "emb_dim": 1600, "context_length": 100_000, "n_layers": 48}
+        large = {"max_steps": 600_000, "max_val_tokens": 10**9, "seed": 20261129}
+        for given in (smallest, off, none, sizes, large):
+            assert gpt2.check_given(given) == given
+
+    def test_numbers_of_numpy_and_paths_become_plain_values(self):
+        import numpy as np
+
+        numbers = {"emb_dim": np.int64(64), "learning_rate": np.float32(0.5), "epochs": np.int32(3)}
+        checked = gpt2.check_given(numbers | {"compile": np.bool_(True), "data": Path("a.txt")})
+        plain = {"emb_dim": 64, "learning_rate": 0.5, "epochs": 3.0, "compile": True}
+        assert checked == plain | {"data": "a.txt"}
+        assert [type(value) for value in checked.values()] == [int, float, float, bool, str]
+        assert type(gpt2.GPT2(TINY | {"n_heads": np.int64(3)}).config["n_heads"]) is int
+        refused("emb_dim", lambda: gpt2.check_value("emb_dim", np.float64(64.0)))
+
+    def test_what_does_not_exist_or_fit_together_is_named(self):
+        refused("epohcs.*epochs", lambda: gpt2.check_given({"seed": 1, "epohcs": 3}))
         refused("emb_dim 13 .* n_heads 3", lambda: gpt2.GPT2(TINY | {"emb_dim": 13}))
-        for key in TINY:
-            refused(key, lambda: gpt2.GPT2({name: value for name, value in TINY.items() if name != key}))
+        refused("n_heads 3", lambda: gpt2.check_config(gpt2.CONFIG | {"n_heads": 3}))
+        refused("seed", lambda: gpt2.check_config({"epochs": 1.0}, ("epochs", "seed")))
+
+    def test_the_check_keeps_what_it_is_asked_for_and_leaves_the_given_alone(self):
+        given = {"epochs": 3, "seed": 7}
+        checked = gpt2.check_given(given)
+        assert checked == given and type(checked["epochs"]) is float
+        assert type(given["epochs"]) is int
+        assert gpt2.check_config(gpt2.CONFIG | {"x": 1}, tuple(TINY)).keys() == TINY.keys()
+
+
+# ---- Helpers of training and runs ----
+
+STEPS = 16  # of the runs that `config` describes: two epochs of 8, in whose last is one window
+
+
+# Another value of these keys makes another run: resuming refuses it.
+KEPT = {"vocab_size": 50304, "context_length": 9, "emb_dim": 16, "n_heads": 1, "n_layers": 2}
+
+
+KEPT |= {"dropout_rate": 0.2, "qkv_bias": False, "val_fraction": 0.2, "max_val_tokens": 9}
+
+
+KEPT |= {"stride": 3, "weight_decay": 0.2, "grad_clip": 2.0, "seed": 7, "precision": "bf16"}
+
+
+SAID = {"epochs": 3.0, "schedule_steps": 20, "learning_rate": 5e-4}  # may change, which is said
+
+
+SAID |= {"min_learning_rate": 1e-5, "warmup_steps": 5}
+
+
+# What a last.pt may not hold: where, and what stands there.
+ODD_STATES = [("step", "x"), ("step", -5), ("tokens_seen", None), ("best_val_loss", "low")]
+
+
+ODD_STATES += [("model", 7), ("config", [1]), ("optimizer", 7), ("config/n_heads", 3)]
+
+
+ODD_STATES += [("config/emb_dim", 10), ("model/more", torch.ones(2))]
+
+
+ODD_STATES += [("model/final_norm.bias", torch.ones(5)), ("optimizer/param_groups", [])]
+
+
+ODD_STATES += [(key, "gone") for key in ("step", "model", "optimizer", "scaler", "items_per_step")]
+
+
+ODD_STATES += [("optimizer/state/2/exp_avg", torch.zeros(3))]  # AdamW would write past its end
+
+
+ODD_STATES += [("optimizer/state/0/exp_avg_sq", torch.zeros(1).expand(50257, 8))]  # one number
+
+
+SPOILS = {  # what makes each loss, or only its gradient, no number any more
+    "loss": lambda norm: norm.weight.data.fill_(math.nan),
+    "gradient": lambda norm: norm.bias.register_hook(lambda gradient: gradient * math.inf),
+}
+
+
+TWO_PROCESSES = """
+import itertools, json, os, signal, sys, time
+from types import SimpleNamespace
+
+folder, dropped, words = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+sys.path.insert(0, folder)
+import gpt2
+
+clock = itertools.count()  # a step takes one second
+gpt2.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(clock))
+list(gpt2.train(dropped, out="whole"))
+list(gpt2.train(dropped | {"max_steps": 2}, out="halves"))
+list(gpt2.train({"max_steps": 0}, out="halves", resume=True))
+
+evaluate, rate, measured = gpt2.evaluate, gpt2.learning_rate_at, []
+
+def counting(model, batches, machine):
+    batches = list(batches)
+    measured.extend(int((y != -100).sum()) for _, y in batches)
+    return evaluate(model, batches, machine)
+
+def strike(step, *rest):
+    if step == 8 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return rate(step, *rest)
+
+gpt2.evaluate, gpt2.learning_rate_at = counting, strike
+try:
+    gpt2.main(["train", "--out", "run", *words])
+except SystemExit as stop:
+    sys.stdout.write(f"{stop.code} {sum(measured)}\\n")  # at once: both write here
+"""
+
+
+SPAWNED = """
+import os, sys, time
+import torch.distributed as dist
+
+def work(rank, folder, given):
+    sys.path.insert(0, folder)
+    import gpt2
+    meet = "file://" + os.path.abspath("meet")
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+
+    def slow(path, checkpoint, save=gpt2.save_checkpoint):
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:  # the other one has time to leave, which it must not
+            assert not os.path.exists("left")
+            time.sleep(0.01)
+        save(path, checkpoint)
+
+    gpt2.save_checkpoint = slow
+    list(gpt2.train(given, out="run"))
+    if rank == 1:
+        open("left", "w").close()
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+class Trap:
+    """Unpickled without care, this writes a file."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def take(config, **options):
+    """Train to the end; all rows."""
+    return list(gpt2.train(config, **{"out": None} | options))
+
+
+def go_on(folder, **changes):
+    """Resume a run for one step; its row."""
+    return next(gpt2.train(changes, out=folder, resume=True))
+
+
+def epochs_of(dataset, count=4, world=1, **settings):
+    """The items (x, y) that each epoch takes, in their order, by all processes."""
+    given = gpt2.CONFIG | {"batch_size": 4, "grad_accumulation": 2} | settings
+    n_items = len(dataset.for_epoch(0))
+    n_steps = math.ceil(n_items / (8 * world))
+    found = []
+    for epoch in range(count):
+        taken = []
+        for step, rank in itertools.product(range(n_steps), range(world)):
+            batches = gpt2.batches_of_step(dataset, epoch * n_steps + step + 1, given, rank, world)
+            assert len(batches) <= 2 and all(len(x) <= 4 for x, _ in batches)
+            taken += [row for x, y in batches for row in zip(x.tolist(), y.tolist(), strict=True)]
+        found.append([(x, y) for x, y in taken if set(y) != {-100}])
+        assert len(found[-1]) == n_items
+    return found
+
+
+def mean_loss(model, batches, dtype=None):
+    """The mean loss of batches by PyTorch's own formula, computed in this dtype."""
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        logits = [model(x).flatten(0, 1).float() for x, _ in batches]
+    targets = torch.cat([y.flatten() for _, y in batches])
+    return nn.functional.cross_entropy(torch.cat(logits), targets).item()
+
+
+def held_back(config):
+    """The batches that a run of this config is measured on."""
+    return list(gpt2.scoring_batches(gpt2.load_data(gpt2.CONFIG | config)[1]))
+
+
+@pytest.fixture(scope="session")
+def one_window(tmp_path_factory, tokenizer):
+    """A run of 5 steps, each on the same window, with nothing held back."""
+    text = tokenizer.decode(tokenizer.encode(VERDICT)[:9])
+    path = write(tmp_path_factory.mktemp("one") / "one.txt", text)
+    given = {"data": str(path), "val_fraction": 0.0, "batch_size": 2, "epochs": 5.0}
+    return SMALL | given | {"learning_rate": 1e-3, "precision": "fp32"}
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of the whole run's folder as this step left it."""
+    return lambda step: shutil.copytree(whole / str(step), tmp_path / "run")
+
+
+# ---- 6. Training ----
+
 
 class TestTraining:
-    def test_the_learning_rate_rises_in_a_line_over_at_most_a_quarter_and_falls_in_half_a_cosine(self):
+    def test_mixed_seeds_differ_and_are_the_same_on_every_machine(self):
+        seeds = [gpt2.mix_seeds(*pair) for pair in itertools.product(range(50), repeat=2)]
+        assert len(set(seeds)) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
+        assert gpt2.mix_seeds(42, 3, 1) == 4871592143262942939
+
+    def test_the_rate_rises_in_a_line_over_at_most_a_quarter_then_falls_in_half_a_cosine(self):
         schedule = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10}
         expected = {1: 0.1, 5: 0.5, 10: 1.0, 35: 0.1 + 0.45 * (1 + 0.5**0.5), 60: 0.55, 110: 0.1}
-        assert {step: gpt2.learning_rate_at(step, schedule, 110) for step in expected} == approx(expected)
-        schedule = {"learning_rate": 1.0, "min_learning_rate": 0.0, "warmup_steps": 150}
-        rates = [gpt2.learning_rate_at(step, schedule, 40) for step in range(1, 41)]
-        assert rates[:10] == approx([0.1 * step for step in range(1, 11)]) and 0.99 < rates[10] < 1.0
-        assert [gpt2.learning_rate_at(step, schedule, 3) for step in (1, 2, 3)] == approx([0.75, 0.25, 0])
-        assert gpt2.learning_rate_at(1, schedule | {"warmup_steps": 0, "min_learning_rate": 0.3}, 1) == 0.3
-        assert gpt2.learning_rate_at(40, schedule | {"min_learning_rate": 3.0}, 40) == 1.0  # never up again
+        rates = {step: gpt2.learning_rate_at(step, schedule, 110) for step in expected}
+        assert rates == approx(expected)
+
+        short = schedule | {"min_learning_rate": 0.0, "warmup_steps": 150}
+        rates = [gpt2.learning_rate_at(step, short, 40) for step in range(1, 41)]
+        assert rates[:10] == approx([0.1 * step for step in range(1, 11)]) and 0.99 < rates[10] < 1
+        rates = [gpt2.learning_rate_at(step, short, 3) for step in (1, 2, 3)]
+        assert rates == approx([0.75, 0.25, 0])  # too short for a warm-up
+        assert gpt2.learning_rate_at(40, short | {"min_learning_rate": 3.0}, 40) == 1.0
+
     def test_only_matrices_decay(self):
         model = gpt2.GPT2(TINY)
-        groups = gpt2.make_optimizer(model, {"weight_decay": 0.3, "learning_rate": 1e-3}).param_groups
+        groups = gpt2.make_optimizer(model, gpt2.CONFIG | {"weight_decay": 0.3}).param_groups
         decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         assert decay == {id(p): 0.3 if p.dim() == 2 else 0.0 for p in model.parameters()}
         assert all(group["betas"] == (0.9, 0.95) and group["fused"] for group in groups)
-    def test_the_schedule_moves_norms_and_biases_too(self, one_window):
-        """AdamW's first step moves each number by the learning rate: so this says which rate each had."""
-        given = one_window | {"warmup_steps": 10, "epochs": 40, "weight_decay": 0.0}
+
+    def test_every_parameter_follows_the_schedule(self, one_window):
+        """AdamW's first step moves each number by the learning rate: so this shows what it was."""
+        given = one_window | {"warmup_steps": 10, "epochs": 40.0, "weight_decay": 0.0}
         row = next(gpt2.train(given, out=None, init=lively(SMALL)))
         assert row["learning_rate"] == approx(1e-4)
         for name, before in lively(SMALL).state_dict().items():
             moved = (row["model"].state_dict()[name] - before).abs().max().item()
             assert moved == approx(1e-4, rel=0.02), name
-    def epochs(self, n, world=1, **config):
-        """The windows that each of four epochs takes, in order; a step takes 6 in each process."""
-        dataset = [(torch.tensor([i]), torch.tensor([i])) for i in range(n)]
-        run = {"config": gpt2.CONFIG | {"batch_size": 4} | config, "windows_per_step": 6 * world}
-        steps = math.ceil(n / (6 * world))
-        taken = []
-        for step, rank in itertools.product(range(1, 4 * steps + 1), range(world)):
-            batches = gpt2.batches_of_step(dataset, step, run, rank, world)
-            assert all(len(y) <= 4 for _, y in batches)
-            taken += [i for _, y in batches for i in y.flatten().tolist() if i != -100]
-        return [tuple(taken[i : i + n]) for i in range(0, len(taken), n)]
-    def test_windows_are_shuffled_anew_in_each_epoch_and_each_is_taken_once(self):
-        epochs = self.epochs(38) + self.epochs(38, seed=7)
-        assert all(sorted(epoch) == list(range(38)) and list(epoch) != sorted(epoch) for epoch in epochs)
-        assert len(set(epochs)) == 8 and epochs[:4] == self.epochs(38)  # only the same seed repeats them
-    def test_processes_share_the_windows_and_one_without_any_counts_nothing(self):
-        for epoch, alone in zip(self.epochs(26, world=4), self.epochs(26), strict=True):
-            assert sorted(epoch) == list(range(26)) and set(epoch[:24]) == set(alone[:24])
-        dataset = [(torch.tensor([5]), torch.tensor([6]))]
-        (x, y), = gpt2.batches_of_step(dataset, 1, {"config": gpt2.CONFIG, "windows_per_step": 24}, 1, 4)
-        assert (x.tolist(), y.tolist(), dataset[0][1].tolist()) == ([[5]], [[-100]], [6])
-    def test_windows_are_cut_elsewhere_in_each_epoch(self):
-        dataset = gpt2.GPTDataset(range(400), 20, 8)
-        run = {"config": gpt2.CONFIG | {"seed": 1}, "windows_per_step": 6}
-        shifts = set()
-        for epoch in range(60):
-            batches = [gpt2.batches_of_step(dataset, epoch * 8 + step, run, 0, 1) for step in range(1, 9)]
-            starts = sorted(x[0].item() for (x, _), in batches for x in x)
-            shifts.add(8 - starts[1])
-            assert starts == [max(0, start - (8 - starts[1])) for start in range(0, 380, 8)]
-        assert shifts == set(range(8))
+
+    def test_each_epoch_takes_every_example_once_in_another_order(self):
+        dataset = gpt2.CompletionDataset([("a", " b")] * 38, 8)
+        dataset[:] = [(torch.tensor([i]), torch.tensor([i])) for i in range(38)]
+        orders = epochs_of(dataset) + epochs_of(dataset, seed=7)
+        assert all(sorted(order) == [([i], [i]) for i in range(38)] for order in orders)
+        assert all(orders.count(order) == 1 and order != sorted(order) for order in orders)
+        assert epochs_of(dataset) == orders[:4]  # the same seed repeats them
+
+    @cases("length, context, stride", [(100, 10, 5), (101, 10, 10), (99, 8, 3), (17, 16, 16)])
+    def test_in_each_epoch_every_token_but_the_first_is_a_target(self, length, context, stride):
+        """Also the last ones, and where windows do not overlap."""
+        dataset = gpt2.TextDataset(range(length), context, stride)
+        for epoch in epochs_of(dataset, 20):
+            assert {token for _, y in epoch for token in y} == set(range(1, length))
+            assert all(y == [token + 1 for token in x] for x, y in epoch)
+
+    @cases("stride", [4, 8])
+    def test_each_epoch_cuts_the_text_elsewhere(self, stride):
+        epochs = epochs_of(gpt2.TextDataset(range(80), 8, stride), 40)
+        cuts = [{x[0] for x, _ in epoch} - {0, 71} for epoch in epochs]
+        assert {start for cut in cuts for start in cut} == set(range(1, 71))
+        assert sum(a != b for a, b in itertools.pairwise(cuts)) > 25
+
+    def test_processes_share_the_windows_of_a_step(self):
+        dataset = gpt2.TextDataset(range(110), 8, 4)
+        for epoch, alone in zip(epochs_of(dataset, world=4), epochs_of(dataset), strict=True):
+            assert sorted(epoch) == sorted(alone)
+        few = gpt2.TextDataset(range(9), 8)
+        ((x, y),) = gpt2.batches_of_step(few, 1, gpt2.CONFIG, rank=3, world=4)
+        assert x.shape == y.shape == (1, 8) and set(y.flatten().tolist()) == {-100}
+        ((_, y),) = gpt2.batches_of_step(few, 1, gpt2.CONFIG, rank=0, world=4)
+        assert y.tolist() == [list(range(1, 9))]  # nothing was written into the data
+
+    def test_a_loss_is_a_sum_over_targets_in_full_precision(self):
+        logits = torch.randn(3, 50, 61).mul(4).bfloat16()
+        targets = some_ids(3, 50)
+        targets[1, 10:] = -100
+        losses = -torch.log_softmax(logits.double(), dim=-1)
+        losses = losses.gather(2, targets.clamp(min=0)[..., None])[..., 0]
+        loss = gpt2.summed_loss(logits, targets)
+        assert loss.item() == approx(losses[targets != -100].sum().item(), rel=1e-5)
+
+    @cases("clip, share", [(0.0, 1.0), (1e6, 1.0), (0.5, None)])
+    def test_a_step_is_that_of_one_big_batch_also_where_targets_are_unequal(self, clip, share):
+        """With plain gradient descent (any optimizer will do) the weights show the gradient."""
+        ids = some_ids(5, 9)
+        x, y = ids[:, :-1], ids[:, 1:].clone()
+        y[0, :7] = y[3, 2:] = -100
+        model = lively(TINY, scale=1.0)
+        expected = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        gradients = torch.autograd.grad(expected, list(model.parameters()))
+        length = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        assert length > 1
+
+        for sizes in ([5], [2, 3], [1, 1, 3]):
+            trained = lively(TINY, scale=1.0)
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+            batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+            found = gpt2.train_step(trained, optimizer, batches, gpt2.Machine("cpu", "fp32"), clip)
+            assert found == approx((expected.item(), length), rel=1e-4)
+            changes = zip(model.parameters(), trained.parameters(), gradients, strict=True)
+            for before, after, gradient in changes:
+                moved = 0.1 * gradient * (share or clip / length)
+                torch.testing.assert_close(before - after, moved, rtol=1e-3, atol=1e-5)
+
+    def test_a_step_forgets_the_gradients_of_the_step_before(self, one_window):
+        rows = take(one_window | {"learning_rate": 0.0, "min_learning_rate": 0.0})
+        assert len({row["grad_norm"] for row in rows}) == 1
+
+    def test_a_run_clips_its_gradient_and_reports_it_before_that(self, config, tmp_path):
+        rows = [take(config | {"grad_clip": 0.01, "max_steps": 1}, out=tmp_path)[0]]
+        rows += take(config | {"grad_clip": 0.0, "max_steps": 1})
+        assert rows[0]["grad_norm"] == rows[1]["grad_norm"] > 0.05
+        states = load(tmp_path / "last.pt")["optimizer"]["state"].values()
+        total = sum(state["exp_avg"].double().square().sum().item() for state in states)
+        assert math.sqrt(total) == approx(0.1 * 0.01, rel=1e-3)  # AdamW takes a tenth
+
+    def test_evaluate_is_a_mean_over_tokens_not_over_batches(self):
+        model = lively(TINY | {"dropout_rate": 0.5})
+        ids = some_ids(7, 9)
+        x, y = ids[:, :-1], ids[:, 1:].clone()
+        y[0, 1:] = -100
+        batches = [(x[:1], y[:1]), (x[1:], y[1:])]
+        expected = mean_loss(model, batches)
+        assert gpt2.evaluate(model.train(), iter(batches)) == approx(expected, rel=1e-6)
+        assert model.training and torch.is_grad_enabled()
+
+    def test_a_run_counts_its_epochs_and_tokens(self, whole, config, examples):
+        rows = metrics_of(whole)
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert [row["epoch"] for row in rows] == [1] * 8 + [2] * 8
+        seen = [rows[i]["tokens_seen"] for i in (0, 6, 7, 15)]
+        assert seen == [48, 48 * 7, 43 * 8, 2 * 43 * 8]  # of 43 windows
+        given = {"data": str(examples), "context_length": 12, "epochs": 1.0, "val_fraction": 0.0}
+        rows = take(config | given | {"eval_every": 99})
+        assert rows[-1]["tokens_seen"] == 8 * 2 + 7 * 3  # " ham" and " spam!", each with its end
+
+    def test_a_run_is_measured_once_an_epoch_or_as_asked(self, config, whole, one_window):
+        measured = [row["step"] for row in metrics_of(whole) if "val_loss" in row]
+        assert measured == list(range(2, 17, 2))
+        given = one_window | {"epochs": 25.0, "batch_size": 1, "val_data": one_window["data"]}
+        for change, steps in (({}, [2, 4]), ({"eval_every": 3}, [3])):
+            rows = take(given | {"max_steps": 5} | change)
+            assert [row["step"] for row in rows if "val_loss" in row] == steps
+            assert [row["step"] for row in rows if "sample" in row] == [*steps, 5]
+
+    def test_a_row_is_true_and_max_steps_leaves_the_schedule_alone(self, config, whole, tokenizer):
+        prompt = gpt2.load_data(gpt2.CONFIG | config)[0].token_ids[None, :5].long()
+        rows = take(config | {"max_steps": 3, "eval_every": 3})
+        row = rows[-1]
+        loss = mean_loss(row["model"].eval(), held_back(config))
+        assert row["val_loss"] == approx(loss, rel=1e-6)
+        text = gpt2.token_ids_to_text(
+            gpt2.generate(row["model"], prompt, 40, eos_id=END), tokenizer
+        )
+        assert row["sample"] == text.rstrip("\ufffd") and row["total_steps"] == 3
+        assert numbers(rows, "val_loss") == numbers(metrics_of(whole)[:3], "val_loss")
+
     def test_the_same_batch_is_dropped_out_differently_in_every_step(self, one_window):
         still = one_window | {"learning_rate": 0.0, "min_learning_rate": 0.0}
         for rate, kinds in ((0.5, 5), (0.0, 1)):
-            rows = gpt2.train(still | {"dropout_rate": rate}, out=None)
+            rows = take(still | {"dropout_rate": rate})
             assert len({row["train_loss"] for row in rows}) == kinds
-    @cases("stride", [None, 8, 5, 1, 1000])
-    @cases("length", [9, 16, 17, 25, 30])
-    def test_evaluate_counts_each_token_once_with_the_context_its_stride_leaves(self, stride, length):
-        model = lively(TINY | {"dropout_rate": 0.5})
-        ids = some_ids(length)
-        step = min(stride or 8, 8)
-        total = 0.0
-        for t in range(1, length):
-            begin = max(0, math.ceil((t - 8) / step)) * step  # the first window that reaches t
-            total -= torch.log_softmax(model(ids[None, begin:t])[0, -1], dim=-1)[ids[t]].item()
-        loss = gpt2.evaluate(model.train(), gpt2.GPTDataset(ids, 8), stride=stride)
-        assert loss == approx(total / (length - 1), rel=1e-5) and not model.training
-    def test_evaluate_takes_some_thousand_tokens_at_once(self):
-        taken = []
-        model = gpt2.GPT2(TINY)
-        model.register_forward_hook(lambda module, inputs, output: taken.append(inputs[0].numel()))
-        gpt2.evaluate(model, gpt2.GPTDataset(some_ids(2049), 8))
-        assert taken == [1024, 1024]
-    @cases("kind", ["text", "examples"])
-    def test_accumulated_batches_equal_one_big_batch(self, config, examples, kind):
-        """Also when examples differ in length, where a mean of means would be another number."""
-        base = config | {"dropout_rate": 0.0, "max_steps": 3}
-        base |= {"data": str(examples), "context_length": 12} if kind == "examples" else {}
-        runs = [list(gpt2.train(base | {"batch_size": size, "grad_accumulation": 6 // size}, out=None))
-                for size in (6, 2, 1)]
-        assert runs[0][0]["train_loss"] == approx(math.log(50257), abs=0.1)  # a mean, not a sum
-        assert_close(runs[1], runs[0])
-        assert_close(runs[2], runs[0])
-    @cases("clip, used", [(0.0, None), (0.01, 0.01), (1e6, None)])
-    def test_the_gradient_is_reported_before_it_is_clipped(self, tmp_path, config, clip, used):
-        row, = gpt2.train(config | {"grad_clip": clip, "max_steps": 1}, out=tmp_path)
-        free = next(gpt2.train(config | {"grad_clip": 0.0}, out=None))
-        assert row["grad_norm"] == free["grad_norm"] > 0.05
-        means = [state["exp_avg"] for state in load(tmp_path / "last.pt")["optimizer"]["state"].values()]
-        norm = math.sqrt(sum(mean.double().square().sum().item() for mean in means))
-        assert norm == approx(0.1 * (used or row["grad_norm"]), rel=1e-3)  # AdamW takes a tenth
-    def test_a_run_counts_its_epochs_and_tokens_and_measures_ten_times(self, whole, config, one_window):
-        n_windows = len(gpt2.load_data(gpt2.CONFIG | config)[0])
-        rows = metrics_of(whole)
-        assert [row["step"] for row in rows] == list(range(1, 15)) and n_windows % 6
-        assert [row["epoch"] for row in rows] == [1] * 7 + [2] * 7
-        assert [rows[i]["tokens_seen"] for i in (0, 5, 6, 13)] == [48, 48 * 6, 8 * n_windows, 16 * n_windows]
-        assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6, 8, 10, 12, 14]
-        assert all("sample" in row for row in gpt2.train(one_window | {"epochs": 25}, out=None))  # each epoch
-    def test_a_row_is_true_and_max_steps_leaves_the_schedule_alone(self, config, whole, tokenizer):
-        train_set, val_set = gpt2.load_data(gpt2.CONFIG | config)
-        rows = []
-        for row in gpt2.train(config | {"max_steps": 5, "eval_every": 3}, out=None):
-            rows.append(row)
-            assert ("sample" in row) == ("val_loss" in row) == (row["step"] in (3, 5))
-            if "sample" in row:
-                assert row["val_loss"] == gpt2.evaluate(row["model"], val_set)
-                text = gpt2.generate(row["model"], train_set.token_ids[None, :5].long(), 40, eos_id=END)
-                assert row["sample"] == gpt2.token_ids_to_text(text, tokenizer)
-        assert numbers(rows, "val_loss") == numbers(metrics_of(whole)[:5], "val_loss")
-    def test_measuring_saving_sampling_and_drawing_in_between_change_nothing(self, whole, config, tmp_path):
+
+    def test_measuring_and_saving_change_nothing(self, whole, config, tmp_path):
         busy = config | {"eval_every": 1, "checkpoint_every": 5, "sample_prompt": "Else"}
         for row in gpt2.train(busy, out=tmp_path):
             assert row["sample"].startswith("Else") and torch.rand(1) < 1
+            row["model"].eval()
         assert numbers(metrics_of(tmp_path), "val_loss") == numbers(metrics_of(whole), "val_loss")
         ours, theirs = load(tmp_path / "last.pt"), load(whole / "last.pt")
         assert same(ours["model"], theirs["model"]) and same(ours["optimizer"], theirs["optimizer"])
         other = next(gpt2.train(config | {"seed": 7}, out=None))
         assert other["train_loss"] != metrics_of(whole)[0]["train_loss"]
-    def test_best_is_the_model_of_the_lowest_loss_and_training_on_leaves_it(self, config, tmp_path):
-        """At so high a learning rate the lowest loss is soon behind. It is saved at once, others when due."""
-        data = str(write(tmp_path / "once.txt", VERDICT[:700]))
-        given = config | {"data": data, "learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 3}
-        _, val_set = gpt2.load_data(gpt2.CONFIG | given)
-        losses = []
-        for row in gpt2.train(given, out=tmp_path):
-            losses.append(row["val_loss"])
-            if row["step"] in (3, 6, 9, 12, 14) or losses[-1] == min(losses):
-                saved = row["step"]
-            assert load(tmp_path / "last.pt")["step"] == saved
-            best = load(tmp_path / "best.pt")
-            assert best["step"] == losses.index(min(losses)) + 1
-            assert gpt2.evaluate(read(tmp_path / "best.pt"), val_set) == approx(min(losses), rel=1e-6)
-        assert best["step"] < 12 and best["config"] == gpt2.CONFIG | given and "optimizer" not in best
-    def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_leaves_the_save(self, config, tmp_path):
-        for spoil in (lambda norm: norm.weight.data.fill_(math.nan),
-                      lambda norm: norm.bias.register_hook(lambda gradient: gradient * math.inf)):
-            run = gpt2.train(config | {"checkpoint_every": 1}, out=tmp_path, overwrite=True)
-            spoil(next(run)["model"].final_norm)
-            refused("step 2.*learning_rate", lambda: next(run), FloatingPointError)
-            assert load(tmp_path / "last.pt")["step"] == len(metrics_of(tmp_path)) == 1
-    def test_fp16_skips_steps_whose_scaled_gradient_is_infinite(self, config, tmp_path, monkeypatch):
-        """CUDA's scaler, here on the CPU, with a scale at which some steps overflow."""
-        scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-        parts = torch.float32, torch.autocast("cpu", enabled=False), scaler
-        monkeypatch.setattr(gpt2, "mixed_precision", lambda name, device: parts)
-        before = None
-        for row in gpt2.train(config | {"max_steps": 5}, out=tmp_path):
-            after = row["model"].token_embedding.weight.detach().clone()
-            assert before is None or torch.equal(before, after) == (row["grad_norm"] is None)
-            before = after
-        scaler.update(3.0)
-        next(gpt2.train({"max_steps": 0}, out=tmp_path, resume=True))
-        assert 1e36 < scaler.get_scale() < 0.6e38  # halved on the way, and a resumed run goes on with that
-    def test_precision_says_in_what_numbers_is_trained_and_measured(self, config, whole):
-        rows = list(gpt2.train(config | {"precision": "bf16", "max_steps": 2}, out=None))
-        for key, row, full in zip(("train_loss", "val_loss"), rows, metrics_of(whole)):
-            assert row[key] != full[key] and row[key] == approx(full[key], rel=0.01)
-        val_set = gpt2.load_data(gpt2.CONFIG | config)[1]
-        assert gpt2.evaluate(rows[1]["model"], val_set) != rows[1]["val_loss"]  # measured here in fp32
-        assert rows[1]["model"].token_embedding.weight.dtype == torch.float32
-    def test_training_starts_from_a_model_and_leaves_it_alone(self, config, whole):
+
+    @cases("precision, dtype", [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+    def test_precision_says_in_what_numbers_is_trained_and_measured(self, config, precision, dtype):
+        """With a lively model, whose losses depend on that."""
+        given = config | {"precision": precision, "dropout_rate": 0.0, "eval_every": 1}
+        given |= {"batch_size": 1, "grad_accumulation": 1}
+        source = lively(SMALL, scale=1.0)
+        row = next(gpt2.train(given, out=None, init=source))
+        train_set, _ = gpt2.load_data(gpt2.CONFIG | given)
+        first = gpt2.batches_of_step(train_set, 1, gpt2.CONFIG | given)
+        losses = {"train_loss": (source, first), "val_loss": (row["model"], held_back(config))}
+        for key, (model, batches) in losses.items():
+            assert row[key] == approx(mean_loss(model, batches, dtype), rel=1e-6)
+            other = torch.bfloat16 if dtype is None else None
+            assert row[key] != approx(mean_loss(model, batches, other), rel=1e-6)
+        assert {weight.dtype for weight in row["model"].parameters()} == {torch.float32}
+
+    def test_a_run_starts_from_a_model_and_leaves_that_alone(self, config, whole):
         source = read(whole / "last.pt")
         given = {key: value for key, value in config.items() if key not in TINY}
-        for init, rate in ((whole / "last.pt", 0.3), (source, 0.3), (source, 0.0)):
-            row = next(gpt2.train(given | {"dropout_rate": rate}, out=None, init=init))
-            assert row["model"].config == SMALL | {"dropout_rate": rate}
-            assert {part.p for part in row["model"].modules() if isinstance(part, nn.Dropout)} == {rate}
-            assert row["train_loss"] < metrics_of(whole)[0]["train_loss"]
+        for init in (source, whole / "last.pt"):
+            row = next(gpt2.train(given | {"dropout_rate": 0.3}, out=None, init=init))
+            assert row["model"].config == SMALL | {"dropout_rate": 0.3}
+            assert row["train_loss"] < metrics_of(whole)[0]["train_loss"] - 0.01
         assert same(source.state_dict(), read(whole / "last.pt").state_dict())
-        for change in ({"emb_dim": 16}, {"n_layers": 2}, {"qkv_bias": False}, {"context_length": 9}):
-            refused(*change, lambda: next(gpt2.train(given | change, out=None, init=whole / "last.pt")))
-    def test_init_with_a_shorter_context_trains_its_first_positions(self, config, whole):
+
+    @cases("change", [{"emb_dim": 16}, {"n_layers": 2}, {"qkv_bias": False}, {"context_length": 9}])
+    def test_a_model_of_another_shape_or_a_frozen_one_is_refused(self, config, whole, change):
+        source = read(whole)
+        given = config | change
+        refused(next(iter(change)), lambda: next(gpt2.train(given, out=None, init=source)))
+        source.final_norm.weight.requires_grad_(False)
+        refused("final_norm.weight", lambda: next(gpt2.train(config, out=None, init=source)))
+
+    def test_a_shorter_context_trains_the_first_positions(self, config, whole):
         given = config | {"context_length": 5, "weight_decay": 0.0}
         row = next(gpt2.train(given, out=None, init=whole / "last.pt"))
-        start = read(whole / "last.pt").position_embedding.weight[:5]
-        moved = (row["model"].position_embedding.weight - start).abs().amax(-1)
+        before = read(whole / "last.pt").position_embedding.weight[:5]
+        moved = (row["model"].position_embedding.weight - before).abs().amax(-1)
         assert moved.shape == (5,) and 0 < moved.min() <= moved.max() < 2 * row["learning_rate"]
-    def test_two_processes_train_as_one_and_stop_together(self, config, tmp_path):
-        """At half the batch each; in step 8, in which fewer windows are left, a signal reaches the second."""
-        script = write(tmp_path / "two.py", """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import gpt2
-real = gpt2.learning_rate_at
-def strike(step, *rest):
-    if step == 8 and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGTERM)
-    return real(step, *rest)
-gpt2.learning_rate_at = strike
-try:
-    gpt2.main(["train", "--out", "run", *sys.argv[2:]])
-except SystemExit as stop:
-    sys.stdout.write(f"{stop.code}\\n")  # at once: both write here
-""")
-        plain = config | {"dropout_rate": 0.0}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += [script, HERE, *words(plain | {"batch_size": 1, "grad_accumulation": 3})]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-        assert (done.returncode, done.stdout.split()) == (0, ["143", "143"]), done.stderr
-        assert done.stderr.count("saved step 8; go on") == 1  # only the first process speaks
-        alone = list(gpt2.train(plain, out=None))
-        folder = tmp_path / "run"
-        assert_close(metrics_of(folder), alone[:8])
-        refused("windows_per_step .*6.* 3", lambda: next(gpt2.train(out=folder, resume=True)))
-        rows = gpt2.train({"batch_size": 2}, out=folder, resume=True)
-        assert_close(rows, alone[8:])  # one process goes on with the run of two
+
+    def test_a_run_from_a_model_is_gentle_unless_told_otherwise(self, config, whole):
+        given = {key: config[key] for key in ("data", "batch_size", "precision")}
+        rows = take(given, init=whole / "last.pt")
+        rates = [row["learning_rate"] for row in rows]
+        assert len(rows) == 15 and rows[-1]["epoch"] == 1  # 43 windows, 3 at once
+        assert (max(rates), rates[-1]) == approx((1e-4, 1e-5))
+        told = given | {"learning_rate": 3e-3, "epochs": 2.0, "warmup_steps": 1}
+        row = next(gpt2.train(told, out=None, init=whole / "last.pt"))
+        assert (row["learning_rate"], row["total_steps"]) == (3e-3, 30)
+
+    def test_best_is_never_worse_than_the_beginning(self, config, whole, tmp_path):
+        """It learns another text, and so forgets the one that it is measured on."""
+        other = write(tmp_path / "other.txt", "Blue, green! " * 40)
+        given = config | {"data": str(other), "val_data": config["data"], "max_steps": 3}
+        given |= {"learning_rate": 0.3, "warmup_steps": 0, "eval_every": 1}
+        run = gpt2.train(given, out=tmp_path / "run", init=whole)
+        first = next(run)
+        assert load(tmp_path / "run" / "best.pt")["step"] == 0
+        losses = [row["val_loss"] for row in (first, *run)]
+
+        state = load(tmp_path / "run" / "last.pt")
+        before = mean_loss(read(whole), held_back(given))
+        assert min(losses) > before
+        assert (state["best_step"], state["best_val_loss"]) == (0, approx(before, rel=1e-6))
+        assert same(read(tmp_path / "run").state_dict(), read(whole).state_dict())
+
+    @cases("epochs, steps, taken, epoch", [(0.5, 0, 4, 1), (1.1, 0, 9, 2), (0.5, 10, 10, 2)])
+    def test_a_schedule_in_parts_of_an_epoch_or_in_steps(self, config, epochs, steps, taken, epoch):
+        given = {"epochs": epochs, "schedule_steps": steps, "eval_every": 99}
+        rows = take(config | given)
+        assert (len(rows), rows[-1]["epoch"]) == (taken, epoch)
+        assert rows[-1]["learning_rate"] == approx(1e-4)  # the lowest, at the end
+
+    @cases("init, n_steps", [(False, 3), (True, 2)])
+    def test_patience_ends_a_run_and_more_goes_on(self, config, whole, tmp_path, init, n_steps):
+        still = {"learning_rate": 0.0, "min_learning_rate": 0.0, "eval_every": 1, "patience": 2}
+        model = whole if init else None
+        assert len(take(config | still, out=tmp_path, init=model)) == n_steps
+        rows = take({"patience": 4}, out=tmp_path, resume=True)
+        assert [row["step"] for row in rows] == [n_steps + 1, n_steps + 2]
+
+    def test_patience_waits_as_long_as_the_loss_falls(self, config):
+        assert len(take(config | {"patience": 1, "eval_every": 4})) == STEPS
+
+    @cases("spoil", SPOILS)
+    def test_a_loss_that_is_no_number_ends_a_run_and_a_lower_rate_goes_on(
+        self, config, tmp_path, spoil
+    ):
+        run = gpt2.train(config | {"checkpoint_every": 1}, out=tmp_path)
+        SPOILS[spoil](next(run)["model"].final_norm)
+        refused("learning_rate", lambda: next(run), FloatingPointError)
+        assert load(tmp_path / "last.pt")["step"] == len(metrics_of(tmp_path)) == 1
+        row = go_on(tmp_path, learning_rate=1e-4)
+        assert (row["step"], row["learning_rate"]) == (2, approx(1e-4))
+
+    @pytest.mark.filterwarnings("default")  # of the compiler
+    def test_a_compiled_run_leaves_a_plain_model(self, config, examples, tmp_path, monkeypatch):
+        """Examples have many lengths; each must not be compiled anew. Any backend shows that."""
+        graphs = []
+
+        def eager(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=eager))
+        given = {"data": str(examples), "context_length": 20, "batch_size": 1, "epochs": 1.0}
+        given = config | given | {"grad_accumulation": 1, "dropout_rate": 0.0}
+        rows = take(given | {"compile": True}, out=tmp_path)
+        assert_close(rows, take(given))
+        assert len(rows) == 13 and 1 <= len(graphs) <= 4
+        for name in ("last.pt", "best.pt"):
+            assert load(tmp_path / name)["model"].keys() == gpt2.GPT2(SMALL).state_dict().keys()
+            assert read(tmp_path / name).config["context_length"] == 20
+
 
 class TestGeneration:
-    @cases("context, length, new", [(8, 3, 30), (8, 8, 9), (8, 20, 12), (5, 2, 17), (1, 1, 4), (8, 4, 0)])
-    def test_greedy_text_goes_on_from_the_last_half_when_the_context_is_full(self, context, length, new):
-        model = lively(TINY | {"context_length": context, "dropout_rate": 0.5})
-        idx = prompt = some_ids(2, length)
-        begin = max(0, length - context)
-        for _ in range(new):
-            if idx.size(1) - begin > context:
-                begin = idx.size(1) - max(1, context // 2)
-            idx = torch.cat([idx, model(idx[:, begin:])[:, -1].argmax(-1, keepdim=True)], dim=1)
-        for use_cache in (True, False):
-            text = gpt2.generate(model.train(), prompt, new, use_cache=use_cache)
-            assert torch.equal(text, idx) and not model.training
-        model(text[:, -1:]).sum().backward()  # what was written can be trained on
-    @cases("temperature", [0.5, 2.0])
+    def test_top_k_leaves_exactly_k_even_of_equals(self):
+        logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [5.0, 5.0, 5.0, 5.0]])
+        kept = gpt2.keep_top_k(logits, 2)
+        assert kept[0].tolist() == [-math.inf, 3.0, 2.0, -math.inf]
+        assert sorted(kept[1].tolist()) == [-math.inf, -math.inf, 5.0, 5.0]
+        assert torch.equal(gpt2.keep_top_k(logits, 4), logits)
+        assert torch.equal(gpt2.keep_top_k(logits, 99), logits)  # more than there are
+
+    @cases("p, count", [(1e-60, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.9, 4)])
+    def test_top_p_leaves_the_fewest_that_reach_p_in_each_row(self, p, count):
+        rows = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.0, 0.0, 0.0, 1.0]])
+        first, sure = gpt2.keep_top_p(rows, p).tolist()
+        kept = [0.5, 0.25, 0.125, 0.125][:count]
+        assert first[1] == max(first) and sure == [0, 0, 0, 1]
+        expected = [share / sum(kept) for share in kept] + [0] * (4 - count)
+        assert sorted(first, reverse=True) == approx(expected)
+
+    @cases("temperature", [0.5, 1.0, 2.0])
     @cases("top_k", [None, 1, 3, 50])
-    @cases("top_p", [None, 1e-60, 0.3, 0.8, 1.0])
+    @cases("top_p", [None, 0.3, 0.8, 1.0])
     def test_the_distribution_is_the_written_out_one(self, temperature, top_k, top_p):
-        logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) * 2
+        logits = torch.randn(2, 9, generator=seeded(0)) * 2
         ours = gpt2.next_token_probabilities(logits, temperature, top_k, top_p)
         for row, probabilities in zip(logits.tolist(), ours.tolist(), strict=True):
             order = sorted(range(9), key=lambda i: -row[i])[: top_k or 9]
@@ -603,480 +1200,1547 @@ class TestGeneration:
             for i in order:
                 if not kept or sum(kept.values()) < (top_p or 1.0) * sum(weights.values()):
                     kept[i] = weights[i]
-            assert probabilities == approx([kept.get(i, 0) / sum(kept.values()) for i in range(9)], abs=1e-6)
-    def test_draws_follow_the_distribution_the_generator_and_the_options(self):
-        logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(30_000, 3)
-        drawn = gpt2.sample_next(logits, 1.0, generator=torch.Generator().manual_seed(0))
-        shares = torch.bincount(drawn.flatten(), minlength=3) / 30_000
-        assert drawn.shape == (30_000, 1) and torch.allclose(shares, torch.softmax(logits[0], 0), atol=0.01)
-        assert gpt2.next_token_probabilities(logits[:1], 0).tolist() == [[0, 0, 1]]
-        assert (gpt2.next_token_probabilities(torch.zeros(1, 9), top_k=3) > 0).sum() == 3  # of equals too
-        texts = [gpt2.generate(lively(TINY), some_ids(2, 4), 20).tolist()]
-        for seed, options in ((3, {"top_k": 1}), (3, {"top_p": 1e-9}), (3, {}), (3, {}), (4, {})):
-            options |= {"temperature": 2.0, "generator": torch.Generator().manual_seed(seed)}
-            texts.append(gpt2.generate(lively(TINY), some_ids(2, 4), 20, **options).tolist())
-        assert texts[0] == texts[1] == texts[2] != texts[3] == texts[4] != texts[5]
-    def test_the_end_of_text_stops_a_row_and_fills_it(self):
-        model = lively(TINY)
-        free = gpt2.generate(model, some_ids(3, 4), 12)[:, 4:].tolist()
-        eos = free[0][3]  # the first row says it early
+            expected = [kept.get(i, 0) / sum(kept.values()) for i in range(9)]
+            assert probabilities == approx(expected, abs=1e-6)
+
+    def test_at_temperature_0_the_most_probable_token_has_all(self):
+        logits = torch.tensor([[0.0, 1.0, 2.0], [7.0, 7.0, 7.0]])
+        first, equals = gpt2.next_token_probabilities(logits, 0).tolist()
+        assert first == [0, 0, 1] and sorted(equals) == [0, 0, 1]
+
+    @cases("temperature", [1e-4, 1.0])
+    def test_neither_huge_logits_nor_impossible_tokens_break_the_distribution(self, temperature):
+        logits = torch.tensor([[1e38, -1e38, -math.inf]])
+        assert gpt2.next_token_probabilities(logits, temperature, 3, 0.9).tolist() == [[1, 0, 0]]
+
+    @cases("dtype", [torch.bfloat16, torch.float16])
+    @cases("top_p", [0.5, 0.9])
+    def test_top_p_is_not_summed_in_half_precision_at_gpt2s_vocabulary(self, dtype, top_p):
+        logits = torch.randn(1, 50257, generator=seeded(0)).to(dtype)
+        ours = gpt2.next_token_probabilities(logits, top_p=top_p)[0].double()
+        exact = torch.softmax(logits[0].double(), dim=-1)
+        count = int((exact.sort(descending=True).values.cumsum(dim=0) < top_p).sum()) + 1
+
+        kept = ours > 0
+        assert int(kept.sum()) == approx(count, abs=3)
+        assert torch.allclose(ours, exact * kept / exact[kept].sum(), rtol=1e-4, atol=0)
+
+    def test_draws_follow_the_distribution_and_never_take_what_is_excluded(self):
+        probabilities = torch.tensor([[0.1, 0.0, 0.6, 0.3], [0.0, 1.0, 0.0, 0.0]])
+        drawn = gpt2.draw(probabilities.repeat(30_000, 1), seeded(0))
+        assert drawn.shape == (60_000, 1)
+        shares = torch.bincount(drawn[::2].flatten(), minlength=4) / 30_000
+        assert shares.tolist() == approx(probabilities[0].tolist(), abs=0.01)
+        assert shares[1] == 0 and (drawn[1::2] == 1).all()
+
+    @cases(
+        "options, shares",
+        [
+            ({}, [0, 0, 0, 1]),
+            ({"temperature": 1.0}, [0.1, 0.2, 0.3, 0.4]),
+            ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),  # the squares
+            ({"temperature": 1.0, "top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
+            ({"temperature": 1.0, "top_p": 0.75}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        ],
+    )
+    def test_generate_draws_as_its_options_say(self, options, shares):
+        model = Stub(always(*(math.log(part) for part in (1, 2, 3, 4))))
+        prompts = torch.zeros(4000, 1, dtype=torch.long)
+        drawn = gpt2.generate(model, prompts, 2, generator=seeded(0), **options)[:, 1:]
+        found = torch.bincount(drawn.flatten(), minlength=4) / 8000
+        assert found.tolist() == approx(shares, abs=0.02)
+        assert [share > 0 for share in found] == [share > 0 for share in shares]
+
+    def test_the_same_seed_draws_the_same_text_and_leaves_other_randomness_alone(self):
+        model, texts = lively(TINY), []
+        state = torch.get_rng_state()
+        for seed in (3, 3, 4):
+            options = {"temperature": 2.0, "generator": seeded(seed)}
+            texts.append(gpt2.generate(model, some_ids(2, 4), 20, **options).tolist())
+        assert texts[0] == texts[1] != texts[2]
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @cases("use_cache", [True, False])
+    @cases("context, length, new", [(8, 3, 12), (8, 8, 6), (8, 20, 7), (5, 2, 10), (1, 1, 4)])
+    def test_long_text_has_the_references_logits(self, context, length, new, use_cache):
+        model = lively(TINY | {"context_length": context, "n_layers": 1, "dropout_rate": 0.5})
+        model.train()  # generating drops nothing all the same
+        seen = []
+        model.register_forward_hook(lambda module, inputs, output: seen.append(output[0, -1]))
+        draws = {"temperature": 1.0, "generator": seeded(0), "use_cache": use_cache}
+        text = gpt2.generate(model, some_ids(1, length), new, **draws)[0]
+        assert len(seen) == new and len(text) == length + new
+        assert len(text.unique()) > 3  # text that says one thing only would hide a wrong window
+
+        start = max(0, length - context)
+        for end, logits in enumerate(seen, start=length):
+            if end - start > context:
+                start = end - max(1, context // 2)
+            expected = reference_logits(openai_weights(model), 3, text[start:end])[-1]
+            assert torch.allclose(logits.double(), expected, atol=1e-4), end
+
+    @cases(
+        "context, length, windows",
+        [
+            (8, 3, [[0, 1, 2], [3], [4], [5], [6], [7], [5, 6, 7, 8], [9], [10], [11], [12]]),
+            (8, 8, [[0, 1, 2, 3, 4, 5, 6, 7], [5, 6, 7, 8], [9]]),  # as long as the context
+            (8, 11, [[3, 4, 5, 6, 7, 8, 9, 10], [8, 9, 10, 11], [12]]),  # longer
+            (5, 4, [[0, 1, 2, 3], [4], [4, 5], [6], [7], [8], [8, 9]]),
+            (1, 2, [[1], [2], [3]]),
+        ],
+    )
+    def test_a_full_context_goes_on_from_its_last_half(self, context, length, windows):
+        model = Stub(successor, context)
+        text = gpt2.generate(model, torch.arange(length)[None], len(windows))
+        assert text.tolist() == [list(range(length + len(windows)))]
+        assert model.read == [[window] for window in windows]
+
+    def test_a_real_model_uses_the_cache_unless_told_otherwise(self):
+        model, sizes = lively(TINY), []
+        model.blocks[1].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].size(1)))
+        with_cache = gpt2.generate(model, some_ids(2, 3), 6)
+        without = gpt2.generate(model, some_ids(2, 3), 6, use_cache=False)
+        assert sizes == [3, 1, 1, 1, 1, 1, 3, 4, 5, 6, 7, 8]
+        assert torch.equal(with_cache, without)
+
+    def test_rows_that_end_apart_are_filled_with_the_end(self):
+        prompts, columns = torch.tensor([[4, 5], [6, 7], [1, 2], [9, 8]]), []
+        text = gpt2.generate(Stub(successor), prompts, 20, eos_id=9, on_token=columns.append)
+        assert text.tolist() == [
+            [4, 5, 6, 7, 8, 9, 9, 9, 9],
+            [6, 7, 8, 9, 9, 9, 9, 9, 9],
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],  # the last to end ends the whole
+            [9, 8, 9, 9, 9, 9, 9, 9, 9],  # an end in the prompt is none
+        ]
+        assert all(column.shape == (4, 1) for column in columns)
+        assert torch.equal(torch.cat(columns, dim=1), text[:, 2:])
+
+    @cases("eos_id, ended", [(9, [7, 8, 9, 9]), (None, [7, 8, 9, 10])])
+    def test_other_rows_go_on_to_the_number_of_tokens(self, eos_id, ended):
+        text = gpt2.generate(Stub(successor), torch.tensor([[7], [1]]), 3, eos_id=eos_id)
+        assert text.tolist() == [ended, [1, 2, 3, 4]]
+
+    def test_on_token_gets_each_column_and_stops_by_true(self):
+        def on_token(column):
+            columns.append(column.tolist())
+            return column[0].item() == 6
+
         columns = []
-        gpt2.generate(model, some_ids(3, 4), 12, eos_id=eos, on_token=columns.append)
-        for row, expected in zip(torch.cat(columns, dim=1).tolist(), free, strict=True):
-            end = expected.index(eos) + 1 if eos in expected else 12
-            assert row == (expected[:end] + [eos] * 12)[: len(row)]
-        alone = gpt2.generate(model, some_ids(3, 4)[:1], 12, eos_id=eos)[0, 4:].tolist()
-        assert alone == free[0][: free[0].index(eos) + 1]  # there it stops
-    def test_options_prompts_and_logits_that_make_no_sense_are_refused(self):
-        bad = [("temperature", value) for value in (-1.0, 9e-5, math.nan, math.inf)] + [("top_k", 0)]
-        for key, value in bad + [("top_p", value) for value in (0.0, 1.1, math.nan)]:
-            refused(key, lambda: gpt2.sample_next(torch.zeros(1, 4), **{"temperature": 1.0} | {key: value}))
-        for temperature, value in itertools.product((0.0, 1e-4, 1.0), (math.nan, math.inf)):
-            refused("logits", lambda: gpt2.sample_next(torch.tensor([[0.0, 1.0], [value, 0.0]]), temperature))
-            logits = torch.tensor([[1e38, -1e38, -math.inf]])  # the last is a token that must not come
-            assert gpt2.sample_next(logits, temperature, 1, 1.0).item() == 0
+        text = gpt2.generate(Stub(successor), torch.tensor([[3], [1]]), 9, on_token=on_token)
+        assert columns == [[[4], [2]], [[5], [3]], [[6], [4]]]
+        assert text.tolist() == [[3, 4, 5, 6], [1, 2, 3, 4]]
+
+    def test_a_token_beyond_gpt2s_vocabulary_is_written_and_shows_nothing(self, tokenizer):
+        padded = Stub(always(*[0.0] * 50300, 1.0, 0.0, 0.0, 0.0))  # to a multiple of 64
+        text = gpt2.generate(padded, gpt2.text_to_token_ids("Hello", tokenizer), 2)
+        assert text[0, -2:].tolist() == [50300, 50300]
+        assert gpt2.token_ids_to_text(text, tokenizer) == "Hello"
+
+    @cases("new", [0, 3])
+    def test_the_prompt_stays_and_what_is_written_can_be_trained_on(self, new):
+        model, prompt = lively(TINY), some_ids(2, 4)
+        text = gpt2.generate(model, prompt, new)
+        assert text.shape == (2, 4 + new) and torch.equal(text[:, :4], prompt)
+        text[0, 0] += 1  # a tensor like any other, with memory of its own
+        assert torch.equal(prompt, some_ids(2, 4))
+        model(text).sum().backward()
+
+    @cases("training", [True, False])
+    def test_dropout_and_gradients_are_off_inside_and_as_before_afterwards(self, training):
+        model, modes = lively(TINY).train(training), []
+        model.register_forward_pre_hook(
+            lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
+        )
+        gpt2.generate(model, some_ids(1, 2), 2)
+        assert model.training == model.blocks[0].training == training
+        with pytest.raises(RuntimeError):
+            gpt2.generate(model, some_ids(1, 2), 2, on_token=raising(RuntimeError("stop")))
+        assert model.training == training and torch.is_grad_enabled()
+        assert modes == [(False, False)] * 3
+
+    @cases("temperature", [0.0, 1.0])
+    @cases("row", [[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+    def test_logits_that_are_not_finite_are_refused_in_any_row(self, row, temperature):
+        model = Stub(lambda ids: torch.tensor([[0.0, 1.0], row]))
+        refused("logits", lambda: gpt2.generate(model, some_ids(2, 1), 1, temperature=temperature))
+
+    @cases("temperature", [0.0, 1.0])
+    def test_a_token_that_must_not_come_may_have_minus_infinity(self, temperature):
+        model = Stub(always(-math.inf, 0.0, -math.inf))
+        text = gpt2.generate(model, some_ids(1, 1), 3, temperature=temperature)
+        assert text[0, 1:].tolist() == [1, 1, 1]
+
+    def test_logits_that_become_nan_in_a_long_text_are_refused(self):
+        model = Stub(lambda ids: successor(ids % 20) + (math.nan if len(model.read) > 5 else 0.0))
+        refused("logits", lambda: gpt2.generate(model, torch.zeros(1, 1, dtype=torch.long), 40))
+
+    def test_options_that_make_no_sense_are_refused_before_anything_is_read(self):
+        model = Stub(successor)
+        bad = {"temperature": (-1.0, 9e-5, math.nan, math.inf), "top_k": (0, -5)}
+        bad |= {"top_p": (0.0, -0.1, 1.1, math.nan)}
+        for key, value in ((name, value) for name in bad for value in bad[name]):
+            with pytest.raises(ValueError, match=key):
+                gpt2.generate(model, some_ids(1, 1), 3, **{"temperature": 1.0} | {key: value})
+        assert not model.read
+
 
 # ==== Part two ====
-class TestFineTuning:
-    def test_examples_come_as_pairs_or_instructions_as_lines_or_a_list(self, tmp_path):
-        entries = [{"prompt": "p", "completion": " c"}, {"instruction": "do", "input": "", "output": "done"},
-                   {"instruction": "do", "input": "this", "output": "it"}, {"prompt": 1, "completion": 2}]
-        lines = write_lines(tmp_path / "a.jsonl", *entries)
-        whole = write(tmp_path / "b.json", "\ufeff\n" + json.dumps(entries, indent=2))
-        below = "Below is an instruction that describes a task"
-        rest = "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
-        further = "paired with an input that provides further context"
-        assert gpt2.read_examples(lines) == gpt2.read_examples(whole) == [
-            ("p", " c"), (f"{below}. {rest}### Response:\n", "done"),
-            (f"{below}, {further}. {rest}### Input:\nthis\n\n### Response:\n", "it"), ("1", "2")]
-    def test_a_line_of_json_ends_at_a_line_feed_and_not_at_u2028(self, tmp_path):
-        pairs = [(f"a{end}b", " c") for end in ("\u2028", "\u2029", "\x85")]
-        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-        assert gpt2.read_examples(write_lines(tmp_path / "a.jsonl", *rows)) == pairs
-    def test_only_the_completion_and_the_end_are_targets(self, tokenizer):
-        pairs = [("one two", " three four"), ("", "<|endoftext|>"), ("a b c d e f g h", " y z")]
-        (x, y), (a, b), (c, d) = gpt2.CompletionDataset(pairs, 8)
-        assert x.tolist() == tokenizer.encode("one two three four")
-        assert y.tolist() == [-100, *tokenizer.encode(" three four"), END]
-        text = tokenizer.encode("<|endoftext|>", disallowed_special=())
-        assert a.tolist() == [END, *text] and b.tolist() == [*text, END]  # no prompt: an end token
-        assert c.tolist() == tokenizer.encode(" c d e f g h y z")  # what is too long loses its beginning
-        assert d.tolist() == [-100] * 5 + [*tokenizer.encode(" y z"), END]
-    def test_examples_are_shuffled_by_the_seed_before_some_are_held_back(self, examples):
+
+
+# ---- 8. Data files ----
+
+ASKED = " Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
+
+
+BELOW = "Below is an instruction that describes a task"  # Stanford Alpaca's two layouts
+
+
+ALONE = f"{BELOW}.{ASKED}### Response:\n"
+
+
+PAIRED = f"{BELOW}, paired with an input that provides further context.{ASKED}"
+
+
+PAIRED += "### Input:\nthis\n\n### Response:\n"
+
+
+PAIR = {"prompt": "p", "completion": " c"}
+
+
+PROMPTS = [" ".join(VERDICT.split()[i * 7 : i * 7 + 2]) for i in range(20)]
+
+
+def put(path, content):
+    """Write a file of text or of bytes, in a new folder if need be, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def tokens_in(data):
+    """The tokens of a `data` setting."""
+    return gpt2.read_data(str(data)).tolist()
+
+
+def records_in(path):
+    """The examples and documents of a file."""
+    return list(gpt2.read_records(path))
+
+
+def measured(cli, data, model):
+    """What `eval --json` says."""
+    return json.loads(cli("eval", "--data", data, "--model", model, "--json").out)
+
+
+@torch.no_grad()
+def losses_of(model, prompt, completion, end=True):
+    """The losses of a completion's tokens in nats, in float64, each text read alone."""
+    encode = gpt2.load_tokenizer().encode
+    ids = encode(prompt) + encode(completion) + [END] * end
+    chances = model(torch.tensor([ids]))[0].double().log_softmax(dim=-1)
+    return [-chances[t - 1, ids[t]].item() for t in range(len(encode(prompt)), len(ids))]
+
+
+def mean(values):
+    """The mean of a list of numbers."""
+    return sum(values) / len(values)
+
+
+@pytest.fixture(scope="session")
+def choosy(tmp_path_factory):
+    """The checkpoint of a model that has an opinion of its own about each text."""
+    model = lively(SMALL | {"context_length": 16}, scale=2.0)
+    nn.init.zeros_(model.final_norm.bias)  # which says the same everywhere
+    return save_model(model, tmp_path_factory.mktemp("choosy") / "choosy.pt")
+
+
+class TestDataFiles:
+    def test_texts_in_pieces_have_the_tokens_of_the_whole(self, tmp_path, tokenizer, monkeypatch):
+        """Files read in blocks of a few characters, so that every place is somewhere a cut."""
+        rng = random.Random(0)
+        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0", "\0"]
+        odd += ["\x0b", "12", "<|endoftext|>", "'s", "é", "🙂", "漢", " the", "!?", "\ufeff", "a"]
+
+        class Blocks(io.TextIOWrapper):
+            def read(self, size=-1):
+                return super().read(rng.randint(1, 40))
+
+        def open_in_blocks(path, **options):
+            return Blocks(io.FileIO(path), **options)
+
+        monkeypatch.setattr(gpt2, "open", open_in_blocks, raising=False)
+        for _ in range(60):
+            text = "".join(rng.choice(odd) for _ in range(300))
+            expected = tokenizer.encode(text.removeprefix("\ufeff"), allowed_special="all")
+            assert tokens_in(put(tmp_path / "a.txt", text)) == expected
+
+    def test_a_large_text_is_never_whole_in_memory(self, tmp_path):
+        pieces = list(gpt2.read_text(put(tmp_path / "large.txt", VERDICT * 150)))
+        assert "".join(pieces) == VERDICT * 150 and max(map(len, pieces)) < 1_200_000
+
+    @cases("content", [b"\xef\xbb\xbfone\ntwo", b"one\r\ntwo\r\n", b"one\rtwo", b" \n one\n\n"])
+    def test_only_a_byte_order_mark_is_left_out(self, tmp_path, tokenizer, content):
+        text = content.decode().removeprefix("\ufeff")
+        assert tokens_in(put(tmp_path / "a.txt", content)) == tokenizer.encode(text)
+
+    @cases(
+        "content, cause",
+        [
+            (b"", "empty"),
+            (b"\xef\xbb\xbf", "empty"),
+            (b"one\ntwo\r\ncaf\xe9 au", "line 3, byte 4.*0xe9"),
+            (b"one\n" * 600_000 + b"caf\xc3", "line 600001, byte 4.*0xc3"),  # half a character
+            ("one\n".encode("utf-16"), "UTF-16"),
+            ("one" + " " * 10**6 + "two", "white-space"),  # the tokenizer panics
+        ],
+    )
+    def test_what_is_no_text_is_named_by_its_place(self, tmp_path, content, cause):
+        refused(f"some.txt.*{cause}", lambda: tokens_in(put(tmp_path / "some.txt", content)))
+
+    @cases(
+        "record, expected",
+        [
+            (PAIR, ("p", " c", True, ())),
+            (PAIR | {"end": False}, ("p", " c", False, ())),
+            ({"prompt": 1, "completion": 2.5}, ("1", "2.5", True, ())),
+            ({"instruction": "do", "output": "done"}, (ALONE, "done", True, ())),
+            ({"instruction": "do", "input": "", "output": "done"}, (ALONE, "done", True, ())),
+            ({"instruction": "do", "input": "this", "output": "it"}, (PAIRED, "it", True, ())),
+            ({"instruction": "do", "context": "this", "response": "it"}, (PAIRED, "it", True, ())),
+            ({"question": "do", "answer": "done"}, (ALONE, "done", True, ())),
+            (PAIR | {"choices": [" a", " b"], "answer": 1}, ("p", " b", False, (" a", " b"))),
+            ({"text": "p", "label": "spam"}, ("p", " spam", True, ())),
+            ({"text": "p", "more": "x"}, "p"),
+        ],
+    )
+    def test_each_kind_of_record_is_understood(self, tmp_path, record, expected):
+        assert records_in(write_lines(tmp_path / "a.jsonl", record)) == [expected]
+
+    def test_records_come_as_lines_or_a_list_whatever_the_suffix_case(self, tmp_path):
+        rows = [PAIR | {"prompt": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85")]
+        lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        listed = "\ufeff\n" + json.dumps(rows, indent=2)
+        for name, content in (
+            ("a.jsonl", lines),
+            ("B.JSONL", "\ufeff" + lines),
+            ("C.Json", listed),
+        ):
+            found = gpt2.read_data(str(put(tmp_path / name, content)))
+            assert found == [(row["prompt"], " c", True, ()) for row in rows]
+
+    @cases(
+        "name, content, expected",
+        [
+            ("a.csv", "\ufeffcompletion,prompt,end\r\n c,p,false\r\n", [("p", " c", False, ())]),
+            ("a.csv", 'prompt,completion\n"a, ""b""\r\nd",1\n', [('a, "b"\r\nd', "1", True, ())]),
+            ("A.TSV", "prompt\tcompletion\na, b\t c\n", [("a, b", " c", True, ())]),
+            ("a.csv", "text,label\nhello,spam\n", [("hello", " spam", True, ())]),
+            ("a.csv", 'text\n"one, two"\nthree\n', ["one, two", "three"]),
+        ],
+    )
+    def test_a_table_is_read_by_its_header(self, tmp_path, name, content, expected):
+        assert records_in(put(tmp_path / name, content)) == expected
+
+    @cases(
+        "name, content, cause",
+        [
+            ("a.jsonl", "", ""),
+            ("a.json", "[]", ""),
+            ("a.jsonl", "null\n", "null|None"),
+            ("a.json", '[{"prompt": "a", "completion": "b"}, 5]', "entry 2"),
+            ("a.json", "[" * 10**5, ""),
+            ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "line 2"),
+            ("a.jsonl", '{\n"prompt": "a", "completion": "b"}\n', "line 1.*list"),
+            ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "messages.*completion"),
+            ("a.jsonl", '{"prompt": "a", "completion": null}\n', "line 1.*completion"),
+            ("a.jsonl", '{"instruction": "a", "output": ["b"]}\n', "output"),
+            ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 1}\n', "answer.*1"),
+            ("a.jsonl", '{"prompt": "a", "choices": "bc", "answer": 0}\n', "choices"),
+            ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
+            ("a.csv", "name,value\nhi,yes\n", "name.*value.*completion"),
+            ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
+            ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
+        ],
+    )
+    def test_a_record_of_no_use_is_named_and_what_was_found(self, tmp_path, name, content, cause):
+        refused(f"{name}.*{cause}", lambda: records_in(put(tmp_path / name, content)))
+
+    def test_documents_of_folders_and_files_are_joined_by_the_token(self, cli, tokenizer):
+        put(Path("d/b.txt"), "two")
+        put(Path("d/c/a.JSONL"), '{"text": "three"}\n{"text": "four"}')
+        put(Path("d/a.txt"), "one\n")
+        put(Path("d/.hidden"), b"\xff")
+        put(Path("d/.git/config"), b"\xff")
+        put(Path("x,y.txt"), "five")
+        one, *parts = [tokenizer.encode(text) for text in ("one\n", "two", "three", "four", "five")]
+        assert tokens_in("d") == [*one, END, *parts[0], END, *parts[1], END, *parts[2]]
+        assert tokens_in("d/b.txt,d/a.txt") == [*parts[0], END, *one]
+        assert tokens_in("x,y.txt") == parts[3]  # one file, whose name has a comma
+        assert tokens_in("the-verdict.txt") == tokenizer.encode(VERDICT)  # beside gpt2.py
+
+    @cases(
+        "data", ["no", "no.txt", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"]
+    )
+    def test_files_that_are_missing_or_do_not_fit_are_named(self, cli, data):
+        for name, content in zip(
+            ("txt", "bin", "jsonl"), ("one", "ab", json.dumps(PAIR)), strict=True
+        ):
+            put(Path(f"a.{name}"), content)
+        Path("no").mkdir()
+        result = cli("train", "--data", data)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert ("no" if "no" in data else "a.") in result.err
+
+    def test_only_the_completion_and_one_end_are_targets(self, tokenizer):
+        encode = tokenizer.encode
+        rows = [("one two", " three four"), ("", " a"), ("one", " b", False)]
+        rows += [("<|endoftext|>a", " b<|endoftext|>")]
+        (x, y), (from_nothing, _), (_, open_end), (a, b) = gpt2.CompletionDataset(rows, 8)
+        assert x.tolist() == encode("one two three four")
+        assert y.tolist() == [-100, *encode(" three four"), END]
+        assert from_nothing.tolist() == [END, *encode(" a")]
+        assert open_end.tolist() == encode(" b")
+        assert a.tolist() == [END, *encode("a b")]
+        assert b.tolist() == [-100, *encode(" b"), END]
+
+    def test_examples_longer_than_the_context_are_cut_and_counted(self, tokenizer, cli, choosy):
+        rows = [("a b c d e f g h i", " y z"), ("a b c d e f g", " z"), ("a", " b c d e f g h")]
+        (x, y), (whole_x, _), _ = gpt2.CompletionDataset(rows, 8)  # 11, 8 and 8 tokens and the end
+        assert x.tolist() == tokenizer.encode(" d e f g h i y z")
+        assert y.tolist() == [-100] * 5 + [*tokenizer.encode(" y z"), END]
+        assert whole_x.tolist() == tokenizer.encode("a b c d e f g z")
+        refused("9.*context_length", lambda: gpt2.CompletionDataset([("a", " b c d e f g h i")], 8))
+
+        rows = [{"prompt": "a " * n, "completion": " b"} for n in (3, 14, 30, 20)]  # and 2 tokens
+        note = cli("eval", "--model", choosy, "--data", write_lines("a.jsonl", *rows)).err
+        assert re.search(r"4 examples.*\b2 .*context_length 16.*longest has 32\b", note)
+
+    def test_examples_are_held_back_by_the_seed(self, examples):
         given = gpt2.CONFIG | {"data": str(examples), "val_fraction": 0.35, "context_length": 12}
         train_set, val_set = gpt2.load_data(given)
-        assert (len(train_set), len(val_set)) == (9, 6) and max(len(x) for x, _ in train_set + val_set) <= 12
-        assert sorted(train_set.examples + val_set.examples) == sorted(gpt2.read_examples(examples))
-        assert {label for _, label in val_set.examples} == {" ham", " spam!"}
+        assert (len(train_set), len(val_set)) == (9, 6)
+        assert sorted(train_set.examples + val_set.examples) == sorted(records_in(examples))
+        assert {example.completion for example in val_set.examples} == {" ham", " spam!"}
         assert gpt2.load_data(given)[1].examples == val_set.examples
         assert gpt2.load_data(given | {"seed": 1})[1].examples != val_set.examples
         assert gpt2.load_data(given | {"val_fraction": 0.0})[1] is None
         refused("val_fraction", lambda: gpt2.load_data(given | {"val_fraction": 0.95}))
-    def test_fine_tuning_learns_to_classify(self, cli, tmp_path):
-        texts = ("see you at noon on", " ham"), ("win more money now on", " spam")
-        rows = [{"prompt": f"{a} {i}", "completion": b} for i in range(6) for a, b in texts]
-        options = {"data": write_lines(tmp_path / "a.jsonl", *rows), "val_fraction": 0.0, "emb_dim": 16}
-        result = cli("train", *words(SMALL | options), "--epochs=25", "--lr=0.03", "--out=out")
-        assert "measuring all of it" in result.err and "accuracy              1.0000" in result.out
-        assert re.search(r"    (see you at noon on \d ham|win more money now on \d spam)", result.err)
-        model = read("out/last.pt").train()
-        model.apply(lambda part: setattr(part, "p", 0.9))  # each dropout's
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
-        assert gpt2.classify(model, gpt2.CompletionDataset(pairs, 8)) == [label for _, label in pairs]
-        report = json.loads(cli("eval", "--model", "out/last.pt", "--data", options["data"], "--json").out)
-        assert report["accuracy"] == 1.0 and report["loss"] < 0.5
-        assert cli("generate", "see you at noon on 4", "--model=out/last.pt").out == "see you at noon on 4 ham\n"
+        both = gpt2.load_data(given | {"val_data": str(examples)})  # an own validation file
+        assert [len(part) for part in both] == [15, 15]
 
-OTHER = {  # values that make another run
-    "vocab_size": 50258, "context_length": 7, "emb_dim": 16, "n_heads": 4, "n_layers": 2, "dropout_rate": 0.2,
-    "qkv_bias": False, "val_fraction": 0.2, "max_val_tokens": 5, "stride": 3, "epochs": 3, "seed": 43,
-    "learning_rate": 2e-3, "min_learning_rate": 1e-5, "warmup_steps": 3, "weight_decay": 0.2,
-    "grad_clip": 2.0, "precision": "bf16"}
+    def test_of_a_text_the_end_is_held_back(self, tokenizer):
+        ids = tokenizer.encode(VERDICT)  # 5,145 tokens
+        for change, n_val in (({}, 515), ({"max_val_tokens": 99}, 99), ({"val_fraction": 0.0}, 0)):
+            train_set, val_set = gpt2.load_data(gpt2.CONFIG | change)
+            assert train_set.token_ids.tolist() == ids[: 5145 - n_val]
+            assert (val_set.token_ids.tolist() if val_set else []) == ids[5145 - n_val :]
+            assert (train_set.context_length, train_set.stride) == (64, 32)
+        for change in ({"context_length": 5000}, {"val_fraction": 0.99}, {"max_val_tokens": 1}):
+            refused("token", lambda change=change: gpt2.load_data(gpt2.CONFIG | change))
 
-class Trap:  # unpickled without care, this writes a file
-    def __reduce__(self):
-        return open, ("trapped", "w")
+    @cases("length", [10, 41, 64])
+    @cases("stride", [1, 3, 8])
+    def test_an_epoch_predicts_every_token_and_each_cuts_elsewhere(self, length, stride):
+        dataset = gpt2.TextDataset(torch.arange(length), 8, stride)
+        starts = set()
+        for seed in range(12):
+            windows = list(dataset.for_epoch(seed))
+            assert {t for _, y in windows for t in y.tolist()} == set(range(1, length))
+            assert all(len(x) == 8 and torch.equal(x + 1, y) for x, y in windows)
+            starts.add(tuple(int(x[0]) for x, _ in windows))
+        assert len(starts) == stride if length > 10 else len(starts) <= 2
+
+    def test_tokenize_writes_a_file_that_is_used_as_its_texts(self, cli, tokenizer, choosy):
+        put(Path("one.txt"), "<|endoftext|>One thing. " * 9)
+        put(Path("docs.jsonl"), '{"text": "Two."}\n{"text": "Three."}')
+        assert cli("tokenize", "one.txt", "docs.jsonl", "out.bin").code == 0
+        text = "<|endoftext|>One thing. " * 9 + "<|endoftext|>Two.<|endoftext|>Three."
+        ids = tokenizer.encode(text, allowed_special="all")
+        assert Path("out.bin").read_bytes() == b"".join(t.to_bytes(2, "little") for t in ids)
+        assert tokens_in("out.bin") == tokens_in("one.txt,docs.jsonl") == ids
+        assert measured(cli, "out.bin", choosy) == measured(cli, "one.txt,docs.jsonl", choosy)
+
+        put(Path("bad.txt"), b"caf\xe9")
+        for wrong in (["one.txt", "out.txt"], ["new.bin"], ["one.txt", "bad.txt", "new.bin"]):
+            assert cli("tokenize", *wrong).code == 2
+        assert sorted(os.listdir()) == ["bad.txt", "docs.jsonl", "one.txt", "out.bin"]
+
+    @cases("tokens", [[], [7, 50257, 7], [55432, 308, 1, 0]])  # the last are llm.c's first
+    def test_tokens_that_are_not_gpt2s_are_refused(self, tmp_path, tokens):
+        path = put(tmp_path / "some.bin", b"".join(token.to_bytes(2, "little") for token in tokens))
+        refused("some.bin", lambda: tokens_in(path))
+        refused("some.bin", lambda: tokens_in(put(path, b"\1\0\2")))
+
+    @cases("length", [2, 8, 9, 10, 16, 17, 30])
+    @cases("stride", [None, 1, 3, 8, 20])
+    def test_each_token_is_scored_once_with_what_the_stride_leaves(self, length, stride):
+        context = min(8, length - 1)
+        dataset = gpt2.TextDataset(torch.arange(length), context)  # each token is its position
+        scored = []
+        for x, y in dataset.scoring_items(stride):
+            assert torch.equal(x, torch.arange(int(x[0]), int(x[0]) + len(x)))
+            for seen, target in enumerate(y.tolist(), start=1):
+                if target != -100:
+                    assert target == int(x[0]) + seen
+                    assert seen >= min(target, context - min(stride or 8, context) + 1)
+                    scored.append(target)
+        assert scored == list(range(1, length))
+
+    @cases("context, count", [(8, 5), (1025, 5), (2500, 2)])
+    def test_a_batch_scores_about_a_thousand_tokens_or_one_window(self, context, count):
+        batches = list(gpt2.scoring_batches(gpt2.TextDataset(torch.arange(5001), context)))
+        assert len(batches) == count and sum(int((y != -100).sum()) for _, y in batches) == 5000
+
+    @cases("different, copies, count", [(1, 9, 0), (2, 1, 0), (2, 2, 2), (50, 2, 50), (51, 2, 0)])
+    def test_labels_are_2_to_50_completions_that_come_twice(self, different, copies, count):
+        rows = [("p", f" {i}") for i in range(different)] * copies
+        assert len(gpt2.CompletionDataset(rows, 8).labels()) == count
+
+    def test_classify_takes_the_most_probable_label_not_the_best_mean(self, choosy):
+        labels, model = [" ham", " spam", " not spam"], read(choosy)
+        dataset = gpt2.CompletionDataset([(prompt, " ham") for prompt in PROMPTS], 16)
+        losses = [[losses_of(model, prompt, label) for label in labels] for prompt in PROMPTS]
+        by_sum = [min(zip(map(sum, row), labels, strict=True))[1] for row in losses]
+        by_mean = [min(zip(map(mean, row), labels, strict=True))[1] for row in losses]
+        assert gpt2.classify(model, dataset, labels) == by_sum != by_mean
+        assert len(set(by_sum)) > 1
+
+    def test_accuracies_of_questions_are_those_of_direct_computation(self, choosy, cli):
+        choices, model = [" no", " of the thing", " a b"], read(choosy)
+        rows, rights, hits = [], [], []
+        for i, prompt in enumerate(PROMPTS):
+            losses = [losses_of(model, prompt, choice, end=False) for choice in choices]
+            best = [min(range(3), key=lambda c: by(losses[c])) for by in (sum, mean)]
+            answer = (*best, 0, 1)[i % 4]
+            rows.append({"prompt": prompt, "choices": choices, "answer": answer})
+            rights += losses[answer]
+            hits.append([answer == choice for choice in best])
+        report = measured(cli, write_lines("questions.jsonl", *rows), choosy)
+        by_sum, by_mean = map(mean, zip(*hits, strict=True))
+        assert (report["accuracy"], report["accuracy_normalised"]) == (by_sum, by_mean)
+        assert by_sum != by_mean and report["loss"] == approx(mean(rights), rel=1e-5)
+
+    def test_exact_is_the_share_of_completions_that_would_be_said(self, cli, tokenizer):
+        speaking("says.pt", [*tokenizer.encode(" New York"), END])
+        said = [{"prompt": "of", "completion": " New York"}]
+        said += [{"prompt": "to", "completion": " New", "end": False}]  # LAMBADA's last word
+        not_said = [{"prompt": "to", "completion": text} for text in (" New", " Old York", " York")]
+        report = measured(cli, write_lines("a.jsonl", *said, *not_said), "says.pt")
+        assert (report["exact"], report["tokens"]) == (2 / 5, 3 + 1 + 2 + 3 + 2)
+        assert "accuracy" not in report  # these are no labels
+
+    @cases("stride", [1, 4, 8])
+    def test_eval_of_a_text_is_what_its_tokens_words_and_bytes_cost(self, cli, tokenizer, stride):
+        text = VERDICT[:300] + " <|endoftext|>Ünïcode 🙂 counts in bytes."
+        model = read(save_model(lively(SMALL), "good.pt"))
+        ids = tokenizer.encode(text, allowed_special="all")
+        scored = text.removeprefix(tokenizer.decode(ids[:1])).replace("<|endoftext|>", "")
+        nats = 0.0
+        for t in range(1, len(ids)):  # the first window of 8 that reaches so far
+            begin = max(0, math.ceil((t - 8) / stride)) * stride
+            logits = model(torch.tensor([ids[begin:t]]))[0, -1].double()
+            nats -= logits.log_softmax(dim=-1)[ids[t]].item()
+        loss, bits = nats / (len(ids) - 1), nats / math.log(2)
+        expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": len(ids) - 1}
+        expected["bits_per_byte"] = bits / len(scored.encode())
+        expected["word_perplexity"] = math.exp(nats / len(scored.split()))
+        options = ["--model=good.pt", "--json", "--stride", stride]
+        found = json.loads(cli("eval", write("a.txt", text), *options).out)
+        assert found == approx(expected, rel=1e-4)
+
+    def test_labels_are_those_of_the_training_set(self, cli, config, examples):
+        given = {"data": str(examples), "val_fraction": 0.05, "context_length": 16, "max_steps": 1}
+        list(gpt2.train(config | given, out="run"))
+        report = measured(cli, examples, "run")
+        assert report["accuracy"] in (0, 1) and report["majority"] == 1  # one was held back
+        write_lines("b.jsonl", PAIR | {"completion": " ham"}, PAIR | {"completion": "spam!"})
+        result = cli("eval", "--model=run", "--data=b.jsonl", "--json")
+        assert "'spam!'" in result.err  # without its blank it is another label
+        assert json.loads(result.out)["accuracy"] <= 0.5
+
+
+# ---- 9. Runs ----
+
 
 class TestRuns:
-    @cases("step", range(1, 14))
-    def test_resumed_from_any_step_a_run_is_bit_for_bit_the_same(self, whole, tmp_path, step):
-        folder = shutil.copytree(whole / str(step), tmp_path / "run")
+    @cases("ability, precision", [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+    def test_auto_is_the_half_precision_of_a_cuda_card(self, monkeypatch, ability, precision):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ability)
+        assert gpt2.pick_precision("auto", torch.device("cuda")) == precision
+        assert gpt2.pick_precision("fp32", torch.device("cuda")) == "fp32"
+
+    @cases("flag, precision", [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
+    def test_auto_is_bf16_on_a_cpu_that_computes_it(self, monkeypatch, flag, precision):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+        assert gpt2.Machine("cpu", "auto").precision == precision
+        assert gpt2.Machine("cpu", "fp16").precision == "fp16"
+        assert gpt2.pick_precision("auto", torch.device("mps")) == "fp32"
+
+    def test_a_device_or_precision_that_is_not_there_is_refused_by_name(self, config):
+        for given, cause in (
+            ({"device": "nowhere"}, "'nowhere'"),
+            ({"precision": "half"}, "'half'"),
+        ):
+            refused(cause, lambda: next(gpt2.train(config | given, out=None)))  # noqa: B023
+
+    def test_fp16_loses_no_small_gradients_and_skips_steps_that_overflow(self, config, tmp_path):
+        """On the CPU, too. Without scaling of the loss, most gradients would be 0."""
+        given = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1, "eval_every": 99}
+        next(gpt2.train(config | given | {"checkpoint_every": 1}, out=tmp_path))
+        state = load(tmp_path / "last.pt")
+        moments = [state["exp_avg"].flatten() for state in state["optimizer"]["state"].values()]
+        assert (torch.cat(moments) != 0).float().mean() > 0.95
+
+        state["scaler"]["scale"] = 2.0**24  # too much, until it has been halved some times
+        gpt2.save_checkpoint(tmp_path / "last.pt", state)
+        before, skipped = state["model"]["final_norm.bias"], 0
+        for row in gpt2.train({"max_steps": 13}, out=tmp_path, resume=True):
+            after = row["model"].final_norm.bias.detach().clone()
+            assert torch.equal(before, after) == (row["grad_norm"] is None)
+            skipped += row["grad_norm"] is None
+            before = after
+        assert 1 <= skipped < 12
+        assert load(tmp_path / "last.pt")["scaler"]["scale"] == 2.0 ** (24 - skipped)
+
+    @cases("spoil", SPOILS)
+    def test_a_run_in_fp16_that_only_skips_steps_ends_with_an_error(self, config, tmp_path, spoil):
+        given = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1}
+        run = gpt2.train(config | given | {"eval_every": 99, "checkpoint_every": 99}, out=tmp_path)
+        SPOILS[spoil](next(run)["model"].final_norm)
+        refused("learning_rate", lambda: list(run), FloatingPointError)
+        assert 10 < len(metrics_of(tmp_path)) < 40
+
+    def test_rows_are_json_and_a_picture_also_where_a_loss_is_no_number(self, config, tmp_path):
+        given = {"precision": "fp16", "batch_size": 1, "eval_every": 1, "max_steps": 1}
+        take(config | given, out=tmp_path, init=lively(SMALL, scale=300))
+        text = (tmp_path / "metrics.jsonl").read_text("utf-8")
+        json.loads(text, parse_constant=raising(AssertionError(text)))
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_rank_without_world_size_is_one_process_that_writes(self, cli, config, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        result = cli("train", *words(config | {"max_steps": 1}), "--out", "run")
+        assert result.code == 0 and "step 1/1" in result.err
+        assert load("run/last.pt")["step"] == 1
+
+    def test_training_from_python_leaves_the_memory_of_its_process_alone(self, config, monkeypatch):
+        monkeypatch.setattr(gpt2, "keep_freed_memory", raising(AssertionError("mallopt")))
+        next(gpt2.train(config, out=None))
+
+    def test_two_processes_train_as_one_and_stop_together(self, config, tmp_path):
+        """At half the batch each. In step 8 one window is left, and a signal reaches the second."""
+        text = write(tmp_path / "the.txt", " the" * 60)  # each window is like the others
+        dropped = SMALL | {"data": str(text), "dropout_rate": 0.5, "schedule_steps": 4}
+        dropped |= {"batch_size": 1, "precision": "fp32", "warmup_steps": 0}
+        plain = config | {"dropout_rate": 0.0}
+        script = write(tmp_path / "two.py", TWO_PROCESSES)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", script, HERE, json.dumps(dropped)]
+        command += words(plain | {"batch_size": 1, "grad_accumulation": 3})
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+        codes, measured = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+        assert codes == ("143", "143")
+        assert sum(map(int, measured)) == 4 * 19  # they share what is measured four times
+        assert done.stderr.count("saved step 8") == 1  # only the first process speaks
+
+        rows, alone = metrics_of(tmp_path / "run"), take(plain)
+        assert_close(rows, alone[:8])
+        assert {row["tokens_per_second"] for row in rows[:7]} == {48}  # of both: a step takes 1 s
+        refused("6.* 3", lambda: go_on(tmp_path / "run"))
+        assert_close(take({"batch_size": 2}, out=tmp_path / "run", resume=True), alone[8:])
+
+        # With dropout: each process has its own, and a resumed run has it again.
+        assert_same_run(tmp_path / "halves", tmp_path / "whole")
+        first = metrics_of(tmp_path / "whole")[0]["train_loss"]
+        assert first != approx(next(gpt2.train(dropped, out=None))["train_loss"], rel=1e-5)
+
+    def test_spawned_processes_write_once_and_leave_together(self, config, tmp_path, monkeypatch):
+        """As mp.spawn starts them, without RANK: the process group says which one writes."""
+        write(tmp_path / "spawned.py", SPAWNED)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        import spawned
+
+        plain = config | {"dropout_rate": 0.0, "max_steps": 2, "eval_every": 99}
+        given = {"batch_size": 1, "grad_accumulation": 3, "checkpoint_every": 99}
+        torch.multiprocessing.spawn(spawned.work, (str(HERE), plain | given), nprocs=2)
+        assert_close(metrics_of(Path("run")), take(plain))
+        assert load("run/last.pt")["step"] == 2 and Path("left").exists()
+
+    @cases("step", range(1, STEPS))
+    def test_resumed_from_any_step_a_run_is_bit_for_bit_the_same(self, whole, copied, step):
+        folder = copied(step)
         torch.manual_seed(step)
-        assert [row["step"] for row in gpt2.train(out=folder, resume=True)] == list(range(step + 1, 15))
+        after = min(step + 2, STEPS)
+        rows = take({"max_steps": after}, out=folder, resume=True)
+        assert [row["step"] for row in rows] == list(range(step + 1, after + 1))
+        assert_same_run(folder, whole / str(after))
+
+    def test_some_steps_and_the_others_are_the_whole(self, config, whole, tmp_path):
+        take(config | {"max_steps": 3, "checkpoint_every": 99}, out=tmp_path)
+        for stop in (11, 0):
+            take({"max_steps": stop}, out=tmp_path, resume=True)
+        assert_same_run(tmp_path, whole)
+
+    def test_a_run_that_goes_on_in_another_process_is_the_same(self, whole, copied):
+        folder = copied(14)
+        environment = os.environ | {"PYTHONHASHSEED": "7"}
+        with start("train", "--resume", "--out", folder, env=environment) as process:
+            notes = process.communicate()[1]
+        assert process.returncode == 0 and "14" in re.search("resume .*", notes)[0], notes
         assert_same_run(folder, whole)
-    @cases("eval_every, steps", [(0, (3, 4)), (3, (4, 6))])
-    def test_some_steps_and_the_others_are_the_whole(self, config, tmp_path, eval_every, steps):
-        """N steps and N more are 2N; a measurement made only because the first N ended is forgotten."""
-        given = config | {"eval_every": eval_every, "checkpoint_every": 100}
-        list(gpt2.train(given, out=tmp_path / "whole"))
-        for step in steps:
-            folder = tmp_path / str(step)
-            assert "val_loss" in list(gpt2.train(given | {"max_steps": step}, out=folder))[-1]
-            refused(f"{step} of 14 steps.*max_steps", lambda: next(gpt2.train(out=folder, resume=True)))
-            list(gpt2.train({"max_steps": 0}, out=folder, resume=True))
-            assert_same_run(folder, tmp_path / "whole", best=False)
-    @cases("key", OTHER)
-    def test_resume_refuses_another_value_of_a_key_that_makes_another_run(self, whole, key):
-        refused(key, lambda: next(gpt2.train({key: OTHER[key]}, out=whole, resume=True)))
-    def test_resume_takes_other_values_of_the_rest(self, whole, config, tmp_path, monkeypatch):
+
+    def test_closing_a_run_saves_it(self, config, whole, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        take(config | {"max_steps": 1}, out=None)
+        run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 99}, out="run")
+        for step in (1, 2, 3):
+            assert next(run)["step"] == step
+        assert (os.listdir(), os.listdir("run")) == (["run"], ["metrics.jsonl"])
+        run.close()
+        assert sorted(os.listdir("run")) == ["last.pt", "loss.png", "metrics.jsonl"]
+        assert same(load("run/last.pt")["model"], load(whole / "3" / "last.pt")["model"])
+
+    @cases("key", KEPT)
+    def test_a_change_that_makes_another_run_is_refused(self, copied, key):
+        folder = copied(2)
+        refused(key, lambda: go_on(folder, **{key: KEPT[key]}))
+        same_value = {key: load(folder / "last.pt")["config"][key]}
+        assert go_on(folder, **same_value)["step"] == 3
+
+    @cases("key", SAID)
+    def test_a_change_of_the_schedule_is_said_and_done(self, config, whole, copied, caplog, key):
+        caplog.set_level(logging.INFO, logger="gpt2")
+        row = go_on(copied(2), **{key: SAID[key]})
+        assert re.search(rf"{key}.*{SAID[key]:g}.*{(gpt2.CONFIG | config)[key]:g}", caplog.text)
+        n_steps = {"epochs": 24, "schedule_steps": 20}.get(key, STEPS)
+        changed = gpt2.CONFIG | config | {key: SAID[key]}
+        assert row["total_steps"] == n_steps
+        assert row["learning_rate"] == gpt2.learning_rate_at(3, changed, n_steps)
+        assert row["learning_rate"] != metrics_of(whole)[2]["learning_rate"]
+
+    def test_what_does_not_change_the_run_may_change(self, copied, config, tmp_path, monkeypatch):
         compiled = []
         monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-        folder = shutil.copytree(whole / "2", tmp_path / "run")
-        gpt2.save_checkpoint(folder / "last.pt", load(folder / "last.pt") | {"best_val_loss": 0.5})
         data = str(shutil.copy(config["data"], tmp_path / "same.txt"))
-        given = {"max_steps": 4, "eval_every": 3, "checkpoint_every": 9, "sample_prompt": "He",
-                 "device": "cpu", "compile": True, "data": data, "batch_size": 2, "grad_accumulation": 3}
-        assert given.keys() | OTHER.keys() == gpt2.CONFIG.keys()
-        rows = list(gpt2.train(given, out=folder, resume=True))
-        assert len(compiled) == 1 and len(rows) == 2 and rows[0]["sample"].startswith("He")
-        assert [row["step"] for row in metrics_of(folder) if "val_loss" in row] == [2, 3]
-        assert load(folder / "best.pt")["step"] == 2 and load(folder / "last.pt")["best_val_loss"] == 0.5
-        for change in ({"data": str(HERE / "README.md")}, {"batch_size": 1}, {"grad_accumulation": 1}):
-            refused("data or batch_size", lambda: next(gpt2.train(change, out=folder, resume=True)))
-    def test_a_checkpoint_that_does_not_fit_is_not_continued(self, whole, tmp_path):
-        """AdamW would write past moments that are too small."""
-        for key in ("optimizer", "model", "step", "metrics", "scaler", "config", "exp_avg", "exp_avg_sq"):
-            folder = shutil.copytree(whole / "3", tmp_path / key)
-            for odd in (torch.zeros(8, 24), torch.zeros(1).expand(24, 8)):  # the latter is one in memory
-                checkpoint = load(whole / "3" / "last.pt")
-                states = checkpoint["optimizer"]["state"].values()
-                moments = next(state for state in states if state["exp_avg"].shape == (24, 8))
-                if checkpoint.pop(key, None) is None:
-                    moments[key] = odd
-                gpt2.save_checkpoint(folder / "last.pt", checkpoint)
-                refused(f"last.pt.*({key}|shape)", lambda: next(gpt2.train(out=folder, resume=True)))
-    def test_a_run_is_replaced_with_overwrite_only_and_at_the_first_save(self, whole, config, tmp_path):
-        folder = shutil.copytree(whole / "12", tmp_path / "run")
+        given = {"max_steps": 5, "eval_every": 3, "checkpoint_every": 9, "sample_prompt": "He"}
+        given |= {"device": "cpu", "compile": True, "patience": 9, "val_data": data}
+        given |= {"data": data, "batch_size": 2, "grad_accumulation": 3}
+        assert gpt2.CONFIG.keys() == given.keys() | KEPT.keys() | SAID.keys()
+        rows = take(given, out=copied(2), resume=True)
+        assert len(compiled) == 1 and rows[0]["sample"].startswith("He")
+        assert [row["step"] for row in rows if "val_loss" in row] == [3]
+
+    @cases("key, value", [("data", str(HERE / "README.md")), ("batch_size", 1)])
+    def test_other_data_or_batches_are_refused(self, copied, key, value):
+        folder = copied(2)
+        cause = {"data": "README.md.*--init.*--out", "batch_size": "batch_size.* 6.* 2"}[key]
+        refused(cause, lambda: go_on(folder, **{key: value}))
+        assert load(folder / "last.pt")["step"] == len(metrics_of(folder)) == 2
+
+    @cases("options", [{"out": None}, {"init": "gpt2"}, {"overwrite": True}])
+    def test_resume_needs_a_run_of_its_own(self, copied, tmp_path, options):
+        given = {"out": copied(2), "resume": True} | options
+        refused("resume", lambda: next(gpt2.train(**given)))
+        refused(str(tmp_path), lambda: go_on(tmp_path), FileNotFoundError)
+
+    @cases("epochs, steps, stop", [(0.25, 0, 0), (2.0, 2, 0), (2.0, 0, 2), (0.25, 0, 2)])
+    def test_what_a_finished_run_advises_goes_on(self, config, tmp_path, epochs, steps, stop):
+        given = {"epochs": epochs, "schedule_steps": steps, "max_steps": stop, "eval_every": 99}
+        assert len(take(config | given, out=tmp_path)) == 2
+        with pytest.raises(ValueError, match=r"finished.* step 2") as told:
+            go_on(tmp_path)
+        advice = re.findall(r"--(\w+) ([\d.]+)", str(told.value))
+        given = {key: type(gpt2.CONFIG[key])(value) for key, value in advice}
+        assert go_on(tmp_path, **given)["step"] == 3
+
+    def test_a_run_goes_on_in_the_precision_that_auto_was(self, config, tmp_path, monkeypatch):
+        """It began where the CPU computes bf16 and goes on where that does not."""
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+        begun = config | {"precision": "auto", "schedule_steps": 3}
+        take(begun, out=tmp_path / "whole")
+        folder = tmp_path / "run"
+        next(gpt2.train(begun, out=folder))
+        assert load(folder / "last.pt")["config"]["precision"] == "bf16"
+
+        monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+        refused("precision.*bf16", lambda: go_on(folder, precision="fp32"))
+        take({"precision": "auto"}, out=folder, resume=True)
+        assert_same_run(folder, tmp_path / "whole")
+
+    @cases("place, value", [*ODD_STATES, ("config", Trap())])
+    def test_a_save_that_does_not_hold_together_is_refused(self, copied, monkeypatch, place, value):
+        monkeypatch.chdir(copied(3))
+        state = part = load("last.pt")
+        *path, key = [int(name) if name.isdigit() else name for name in place.split("/")]
+        for name in path:
+            part = part[name]
+        part[key] = value
+        if value == "gone":
+            del part[key]
+        torch.save(state, "last.pt")
+        refused(f"last.pt|{key}", lambda: go_on("."))
+        assert len(metrics_of(Path())) == 3 and not Path("trapped").exists()
+
+    def test_layers_that_a_save_does_not_hold_are_not_built(self, copied, monkeypatch):
+        folder = copied(3)
+        state = load(folder / "last.pt")
+        state["config"]["n_layers"] = 10**6
+        gpt2.save_checkpoint(folder / "last.pt", state)
+        many = at_call(99, raising(AssertionError("many blocks are built")), gpt2.TransformerBlock)
+        monkeypatch.setattr(gpt2, "TransformerBlock", many)
+        refused("n_layers", lambda: go_on(folder))
+
+    @cases("content", [b"", b"words " * 99, pickle.dumps(Trap(), protocol=2), "half"])
+    def test_a_damaged_save_is_named_and_not_run(self, copied, monkeypatch, content):
+        folder = copied(3)
+        monkeypatch.chdir(folder)
+        half = Path("last.pt").read_bytes()[:99_999]
+        Path("last.pt").write_bytes(half if content == "half" else content)
+        refused("last.pt", lambda: go_on("."))
+        refused("last.pt", lambda: gpt2.load_checkpoint("last.pt"))
+        assert not Path("trapped").exists()
+
+    def test_a_row_is_in_its_file_as_soon_as_its_step_ends(self, config, tmp_path):
+        run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 2}, out=tmp_path)
+        for step in (1, 2, 3):
+            row = next(run)
+            last = metrics_of(tmp_path)[-1]
+            assert len(metrics_of(tmp_path)) == step and last.items() <= row.items()
+            assert ("val_loss" in last) == (step == 2)
+
+    def test_rows_after_the_last_save_are_cut_and_written_again(self, whole, copied):
+        folder = copied(14)
+        shutil.copy(whole / "16" / "metrics.jsonl", folder)
+        with open(folder / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step": 17, "ep')  # a kill within a row
+        take({}, out=folder, resume=True)
+        assert_same_run(folder, whole)
+
+    @cases("line", ["", "7", "[]", '{"a": 1}', '{"step": "x"}', "words"])
+    def test_rows_that_are_lost_or_damaged_are_warned_of(self, copied, caplog, line):
+        folder = copied(14)
+        first = (folder / "metrics.jsonl").read_text("utf-8").partition("\n")[0]
+        write(folder / "metrics.jsonl", f"{first}\n{line}\n")
+        assert go_on(folder)["step"] == 15
+        assert [row["step"] for row in metrics_of(folder)] == [1, 15]
+        assert "metrics.jsonl" in caplog.text
+
+    def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(self, config, whole, tmp_path):
+        run = gpt2.train(config | {"checkpoint_every": 2}, out=tmp_path)
+        next(run)
+        refused("another process", lambda: next(gpt2.train(config, out=tmp_path)))  # before a save
+        next(run)
+        refused("another process", lambda: go_on(tmp_path))
+        again = gpt2.train(config, out=tmp_path, overwrite=True)
+        refused("another process", lambda: next(again))
+        run.close()
+        take({}, out=tmp_path, resume=True)  # the lock is gone with the run
+        assert_same_run(tmp_path, whole)
+
+    def test_a_second_process_in_a_folder_is_refused(self, config, tmp_path):
+        run = gpt2.train(config | {"checkpoint_every": 1}, out=tmp_path)
+        next(run)
+        before = (tmp_path / "last.pt").read_bytes()
+        with start("train", "--resume", "--out", tmp_path) as process:
+            notes = process.communicate()[1]
+        assert process.returncode == 2 and "Traceback" not in notes
+        assert "another process" in notes and str(tmp_path) in notes
+        assert (tmp_path / "last.pt").read_bytes() == before
+        assert next(run)["step"] == len(metrics_of(tmp_path)) == 2
+
+    @cases("out", ["file", "file/below", "folder"])
+    def test_a_folder_is_tried_before_the_first_step(self, config, tmp_path, monkeypatch, out):
+        write(tmp_path / "file", "precious")
+        (tmp_path / "folder" / "metrics.jsonl").mkdir(parents=True)
+        monkeypatch.setattr(gpt2, "train_step", raising(AssertionError("a step was taken")))
+        refused(out, lambda: next(gpt2.train(config, out=tmp_path / out)), OSError)
+        assert (tmp_path / "file").read_text() == "precious"
+
+    def test_a_run_is_replaced_with_overwrite_only_and_at_the_first_save(self, copied, config):
+        folder = copied(12)
+        write(folder / "last.pt.part", "left by a kill")
         refused("--resume.*--overwrite.*--out", lambda: next(gpt2.train(config, out=folder)))
-        run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 2}, out=folder, overwrite=True)
+        assert len(metrics_of(folder)) == 12
+        given = config | {"val_fraction": 0.0, "checkpoint_every": 2, "max_steps": 2}
+        run = gpt2.train(given, out=folder, overwrite=True)
         next(run)
         assert load(folder / "last.pt")["step"] == 12 and (folder / "best.pt").exists()
         next(run)
-        assert load(folder / "last.pt")["step"] == 2 and not (folder / "best.pt").exists()
-    def test_the_picture_shows_both_losses_and_the_lowest(self, monkeypatch):
-        from matplotlib.figure import Figure
-        drawn = []
-        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: drawn.append(figure.axes[0]))
-        rows = [{"step": 1, "train_loss": 9.0}, {"step": 2, "train_loss": 5.0, "val_loss": 6.5},
-                {"step": 3, "train_loss": 4.0, "val_loss": 7.5}]
-        gpt2.plot_losses(rows[:1], io.BytesIO())  # without a measurement
-        gpt2.plot_losses(rows, io.BytesIO())
-        lines = [list(zip(*line.get_data())) for line in drawn[1].lines]
-        assert lines == [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
-        assert drawn[1].get_ylim()[0] == 0 and "6.50" in drawn[1].get_legend().get_texts()[2].get_text()
-    @cases("call", ["fsync", "replace"])
-    def test_a_failed_save_leaves_whole_files_and_the_run_goes_on(self, config, tmp_path, call, monkeypatch, caplog):
-        """For every k, the k-th call fails once. Only where that spoils the last save is there an error."""
-        given = config | {"max_steps": 3, "eval_every": 1, "checkpoint_every": 1, "learning_rate": 0.02}
-        real = getattr(os, call)
-        list(gpt2.train(given, out=tmp_path / "whole"))
-        for k in range(1, 11):  # best.pt, metrics.jsonl and last.pt in each step, and the picture
+        assert load(folder / "last.pt")["step"] == len(metrics_of(folder)) == 2
+        run.close()
+        assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
+
+    @cases("epochs, every, saved", [(2.0, 0, [2, 4, 6, 8]), (20.0, 0, [8]), (2.0, 3, [3, 6])])
+    def test_a_run_is_saved_on_the_way(self, config, tmp_path, epochs, every, saved):
+        given = {"val_fraction": 0.0, "epochs": epochs, "checkpoint_every": every}
+        path = tmp_path / "last.pt"
+        steps = []
+        for row in itertools.islice(gpt2.train(config | given, out=tmp_path), 8):
+            steps += [row["step"]] if path.exists() and load(path)["step"] == row["step"] else []
+        assert steps == saved
+
+    def test_a_run_is_saved_when_ten_minutes_have_passed(self, config, tmp_path, monkeypatch):
+        assert gpt2.SECONDS_BETWEEN_SAVES == 600
+        run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 99}, out=tmp_path)
+        next(run)
+        assert not (tmp_path / "last.pt").exists()
+        monkeypatch.setattr(gpt2, "SECONDS_BETWEEN_SAVES", -1)
+        for step in (2, 3):
+            assert "val_loss" not in next(run)
+            assert load(tmp_path / "last.pt")["step"] == step
+
+    def test_best_is_the_model_of_the_lowest_loss_and_training_on_leaves_it(self, config, tmp_path):
+        """At so high a rate the lowest loss is soon behind. It is saved at once."""
+        data = str(write(tmp_path / "once.txt", VERDICT[:700]))
+        given = {"learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 99, "max_steps": 9}
+        given = config | given | {"data": data}
+        losses = []
+        for row in gpt2.train(given, out=tmp_path):
+            losses.append(row["val_loss"])
+            best = load(tmp_path / "best.pt")
+            assert best["step"] == best["best_step"] == losses.index(min(losses)) + 1
+        assert mean_loss(read(tmp_path), held_back(given)) == approx(min(losses), rel=1e-6)
+        assert 1 < best["step"] < 9 and best["config"] == gpt2.CONFIG | given
+        assert "optimizer" not in best and load(tmp_path / "last.pt")["step"] == 9
+
+    @cases("call, a_step", [("fsync", 3), ("replace", 2)])  # best.pt, metrics.jsonl, last.pt
+    def test_a_failed_save_leaves_whole_files(
+        self, config, tmp_path, call, a_step, monkeypatch, caplog
+    ):
+        """For every k, the k-th call fails once. It is an error only where the last save fails."""
+        given = {"max_steps": 2, "eval_every": 1, "checkpoint_every": 1, "learning_rate": 0.02}
+        take(config | given, out=tmp_path / "whole")
+        real, error = getattr(os, call), OSError(28, "No space left on device")
+        for k in range(1, 2 * a_step + 2):
             folder = tmp_path / str(k)
             caplog.clear()
-            monkeypatch.setattr(os, call, at_call(k, fail(OSError(28, "No space left on device")), real))
-            run = gpt2.train(given, out=folder)
-            failed = min((k + 2) // 3, 3)
-            for step in (1, 2, 3):
+            monkeypatch.setattr(os, call, at_call(k, raising(error), real))
+            run = gpt2.train(config | given, out=folder)
+            failed = math.ceil(k / a_step)  # in "step 3": the picture
+            for step in (1, 2):
                 next(run)
                 names = set(os.listdir(folder))
-                assert names <= {"best.pt", "last.pt", "loss.png", "metrics.jsonl"}  # no part of a file
-                assert all(read(folder / name) for name in names & {"best.pt", "last.pt"})
-                assert "metrics.jsonl" not in names or len(metrics_of(folder)) in (step - 1, step)
-                saved = step - 1 if step == failed and k < 10 else step
-                assert (load(folder / "last.pt")["step"] if "last.pt" in names else 0) == saved
-            assert f"step {failed} " in caplog.text and "No space left" in caplog.text
-            if failed == 3:
-                refused("step 3, the last, is not saved", lambda: next(run), OSError)
+                assert names <= {"best.pt", "last.pt", "metrics.jsonl"}  # no part of a file
+                assert all(read(folder / name) for name in names - {"metrics.jsonl"})
+                saved = step - (step == failed)
+                assert (load(folder / "last.pt")["step"] if saved else 0) == saved
+            if failed == 2:
+                refused("step 2.*not saved", lambda: next(run), OSError)  # noqa: B023
             else:
                 assert list(run) == []
                 assert_same_run(folder, tmp_path / "whole")
-    def test_a_damaged_checkpoint_is_named_and_nothing_in_it_is_run(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        good = save_model(lively(TINY), tmp_path / "good.pt").read_bytes()
-        for content in (b"", b"words " * 99, good[:9000], good[:-1], pickle.dumps(Trap())):
-            Path("bad.pt").write_bytes(content)
-            refused("bad.pt", lambda: read("bad.pt"))
-        weights = lively(TINY).state_dict()
-        whole = {"config": TINY, "model": weights}
-        for odd in ([1], {"model": weights}, whole | {"model": Trap()}, whole | {"model": {}},
-                    whole | {"config": TINY | {"n_heads": 5}}, whole | {"model": weights | {"more": weights}},
-                    whole | {"model": weights | {"final_norm.bias": torch.ones(5)}}):
-            torch.save(odd, "bad.pt")
-            refused("bad.pt", lambda: read("bad.pt"))
-        assert not Path("trapped").exists()
-    @cases("device, name, ability, dtype", [
-        ("cuda", "auto", (8, 0), torch.bfloat16), ("cuda", "auto", (7, 5), torch.float16),
-        ("cuda", "fp32", (8, 0), torch.float32), ("cpu", "auto", "amx", torch.bfloat16),
-        ("cpu", "auto", "avx512_bf16", torch.bfloat16), ("cpu", "auto", "avx512_f", torch.float32),
-        ("cpu", "fp16", "amx", torch.float16), ("mps", "auto", "amx", torch.float32)])
-    def test_auto_is_an_accelerator_and_the_precision_it_has(self, monkeypatch, device, name, ability, dtype):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ability)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {ability: True, "amx_bf16": ability == "amx"})
-        for owner, part in ((torch, "autocast"), (torch.amp, "GradScaler")):
-            monkeypatch.setattr(owner, part, lambda *arguments, enabled: (*arguments, enabled))
-        scaled = device == "cuda" and dtype == torch.float16
-        parts = gpt2.mixed_precision(name, torch.device(device))
-        assert parts == (dtype, (device, dtype, dtype != torch.float32), (device, scaled))
-        found = None if device == "cpu" else torch.device(device, 0)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
-        monkeypatch.setattr(torch, "ones", lambda count, device: torch.zeros(count))
-        assert str(gpt2.pick_device("auto")) == device
-        monkeypatch.setenv("LOCAL_RANK", "3")
-        assert str(gpt2.pick_device("auto")) == ("cuda:3" if device == "cuda" else device)
-        monkeypatch.setattr(torch, "ones", fail(RuntimeError("no driver")))
-        refused(f"no device '{device}", lambda: gpt2.pick_device(device))
+            assert f"step {failed} " in caplog.text or (failed == 3 and "loss.png" in caplog.text)
+            assert "No space left" in caplog.text
+
+    def test_best_is_true_after_a_failed_save(self, config, tmp_path, monkeypatch):
+        """The rate is so high that the loss of step 1 stays the lowest."""
+        other = write(tmp_path / "other.txt", "Blue, green! " * 40)
+        given = {"data": str(other), "val_data": config["data"], "learning_rate": 1.0}
+        given |= {"warmup_steps": 0, "max_steps": 3, "eval_every": 1}
+        fail = raising(OSError(28, "No space left on device"))
+        monkeypatch.setattr(os, "fsync", at_call(1, fail, os.fsync))
+        losses = [row["val_loss"] for row in take(config | given, out=tmp_path / "run")]
+        best, last = load(tmp_path / "run" / "best.pt"), load(tmp_path / "run" / "last.pt")
+        assert losses == sorted(losses) and best["step"] == 2
+        assert (last["best_step"], last["best_val_loss"]) == (2, losses[1])
+
+    @cases("library, name", [("matplotlib.figure", None), ("matplotlib.figure", "savefig")])
+    def test_a_run_without_a_picture_succeeds(self, cli, config, monkeypatch, library, name):
+        if name is None:  # it is not installed; or it is, and drawing fails
+            monkeypatch.setitem(sys.modules, library, None)
+        else:
+            monkeypatch.setattr(f"{library}.Figure.{name}", raising(ValueError("no font")))
+        result = cli("train", *words(config | {"max_steps": 1}), "--out", "run")
+        assert result.code == 0 and "loss.png" in result.err
+        assert sorted(os.listdir("run")) == ["last.pt", "metrics.jsonl"]
+
+    def test_the_picture_shows_both_losses_and_the_lowest(self, tmp_path, monkeypatch):
+        from matplotlib.figure import Figure
+
+        drawn = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes))
+        losses = [(9.0, {}), (5.0, {"val_loss": 6.5}), (4.0, {"val_loss": 7.5})]
+        rows = [{"step": i, "train_loss": a} | b for i, (a, b) in enumerate(losses, start=1)]
+        for count in (1, 3):  # at first without a measurement
+            gpt2.plot_losses(write_lines(tmp_path / "rows", *rows[:count]), io.BytesIO())
+        (axes,) = drawn[1]
+        lines = [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
+        assert lines == [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
+        assert axes.get_ylim()[0] == 0 and "6.50" in axes.get_legend().get_texts()[2].get_text()
+
     @long_test
     def test_a_run_under_kill_9_can_be_resumed_to_the_same_end(self, config, tmp_path):
-        given = config | {"epochs": 4, "eval_every": 1, "checkpoint_every": 1}
-        list(gpt2.train(given, out=tmp_path / "whole"))
+        given = config | {"epochs": 3.0, "eval_every": 1, "checkpoint_every": 1}
+        take(given, out=tmp_path / "whole")
         for i in range(4):
             folder = tmp_path / str(i)
-            while not (folder / "last.pt").exists() or load(folder / "last.pt")["step"] < 28:
+            while not (folder / "last.pt").exists() or load(folder / "last.pt")["step"] < 24:
                 how = ["--resume"] if (folder / "last.pt").exists() else words(given)
                 with start("train", *how, "--out", folder) as process:
                     if any(line.startswith("step ") for line in iter(process.stderr.readline, "")):
                         time.sleep(random.uniform(0, 0.4))  # no matter where it strikes
                     process.kill()
             assert_same_run(folder, tmp_path / "whole")
+
     @long_test
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
     def test_a_real_signal_saves_and_says_how_to_go_on(self, config, tmp_path, name, status):
-        given = config | {"epochs": 4000, "eval_every": 1, "checkpoint_every": 10_000}
+        given = config | {"epochs": 4000.0, "eval_every": 1, "checkpoint_every": 10_000}
         with start("train", *words(given), "--out", tmp_path) as process:
             assert any(line.startswith("step 2/") for line in iter(process.stderr.readline, ""))
             process.send_signal(getattr(signal, name))
             notes = process.communicate(timeout=60)[1]
         assert process.returncode == status and "--resume" in notes and "Traceback" not in notes
         assert len(metrics_of(tmp_path)) == load(tmp_path / "last.pt")["step"] > 1
+
     @long_test
-    def test_a_full_disk_keeps_the_last_save(self, config, tmp_path, caplog, request):
+    def test_a_full_disk_loses_nothing_saved(self, config, tmp_path, caplog, request):
         disk = tmp_path / "disk"
         disk.mkdir()
-        mount = f"mount -t tmpfs -o size=8m tmpfs {disk}"  # one checkpoint fits in, not two
-        if subprocess.run(mount, shell=True, capture_output=True).returncode:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("mounting a small disk is not allowed here")
         request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
         run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
         next(run)
         before = (disk / "last.pt").read_bytes()
-        next(run)
-        assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
-        assert "step 2 was not saved" in caplog.text
-        refused("step 2.* not saved", run.close, OSError)
+        with open(disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(4096))
+        for step in range(2, 16):
+            next(run)
+            assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
+            assert f"step {step} was not saved" in caplog.text
+        (disk / "filler").unlink()
+        assert len(list(run)) == 1
+        assert load(disk / "last.pt")["step"] == len(metrics_of(disk)) == 16
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
-def write_safetensors(path, tensors, **edit):
-    """A writer of the format, from its description; `edit` spoils the entry of one tensor."""
-    header = {"__metadata__": {"format": "pt"}}
-    data = b""
+
+# ---- 10. Pretrained ----
+
+LETTERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
+
+
+LETTERS |= {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+WRONG_CONFIG = {"model_type": "llama", "activation_function": "gelu", "layer_norm_epsilon": 1e-6}
+
+
+WRONG_CONFIG |= {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
+
+
+WRONG_CONFIG |= {"tie_word_embeddings": False, "n_embd": "wide", "n_head": 5, "n_positions": 9}
+
+
+OTHER_WEIGHTS = {  # what is said of them, and what is other than in GPT-2
+    "score head of 2 labels": {"score.weight": torch.ones(2, 12)},
+    "multiple_choice_head": {"multiple_choice_head.summary.weight": torch.ones(1, 12)},
+    "quantised": {"h.0.mlp.c_fc.weight": torch.ones(12, 48, dtype=torch.int8)},
+    "untied": {"lm_head.weight": torch.ones(61, 12)},
+    "extra": {"extra.weight": torch.ones(61, 12)},
+    "position_embedding": {"wpe.weight": torch.ones(8)},
+    "1.*2.weight is missing": {"h.1.ln_2.weight": None},
+    "1.*2.bias is missing": {"h.1.ln_2.bias": None},
+    "token_embedding.weight is missing": {"wte.weight": None},
+}
+
+
+NO_MODELS = {"adapter": "adapter_config.json adapter_model.safetensors", "config.json": "readme.md"}
+
+
+NO_MODELS |= {"TensorFlow": "config.json tf_model.h5", "model.safetensors": "config.json"}
+
+
+def write_tensors(path, tensors, **edit):
+    """A writer of safetensors, from its description; `edit` spoils the entry of one tensor."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        dtype = next(key for key, value in DTYPES.items() if value == tensor.dtype)
-        entry = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        letters = next(key for key, dtype in LETTERS.items() if dtype == tensor.dtype)
+        offsets = [len(data), len(data) + len(raw)]
+        entry = {"dtype": letters, "shape": list(tensor.shape), "data_offsets": offsets}
         header[name] = entry | (edit if name == "h.0.ln_1.weight" else {})
         data += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def read_tensors(path):
+    """A strict reader of float32 safetensors, from its description: no gap, no overlap, no rest."""
+    content = path.read_bytes()
+    begin = end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    assert header.pop("__metadata__") == {"format": "pt"}  # transformers asks for it
+    assert content[8:9] == b"{" and begin % 8 == 0
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (begin + offset for offset in entry["data_offsets"])
+        assert start == end and stop - start == 4 * math.prod(entry["shape"])
+        assert entry.keys() == {"dtype", "shape", "data_offsets"} and entry["dtype"] == "F32"
+        values = torch.frombuffer(bytearray(content[start:stop]), dtype=torch.float32)
+        tensors[name], end = values.view(entry["shape"]), stop
+    assert end == len(content)
+    return tensors
+
+
+def read_json_of(folder, name="config.json"):
+    """The content of a JSON file of a folder."""
+    return json.loads((folder / name).read_text("utf-8"))
+
+
 def edit_config(folder, **changes):
     """Change config.json; a key that becomes "gone" is left out."""
-    config = json.loads((folder / "config.json").read_text("utf-8")) | changes
+    config = read_json_of(folder) | changes
     kept = {key: value for key, value in config.items() if value != "gone"}
     write(folder / "config.json", json.dumps(kept))
+
+
+def nano_checkpoint(model, bias=True, **changes):
+    """What nanoGPT saves: its own names of the config, OpenAI's of weights, output × input."""
+    weights = {}
+    for name, tensor in openai_weights(model).items():
+        if bias or not name.endswith(".bias"):
+            matrix = tensor.dim() == 2 and name.startswith("h.")
+            weights["_orig_mod.transformer." + name] = tensor.t() if matrix else tensor
+    weights["_orig_mod.lm_head.weight"] = weights["_orig_mod.transformer.wte.weight"]
+    args = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 8, "vocab_size": 61}
+    return {"model_args": args | {"bias": bias, "dropout": 0.0} | changes, "model": weights}
+
+
+class FolderTrap:
+    """Unpickled without care, this writes a file."""
+
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A folder that a tiny model without biases for queries, keys and values was exported to."""
     folder = tmp_path_factory.mktemp("exported") / "deep" / "folder"
     lively(TINY | {"qkv_bias": False, "dropout_rate": 0.2}).bfloat16().save_pretrained(folder)
     return folder
+
+
 @pytest.fixture
-def folder(exported, tmp_path):
-    return shutil.copytree(exported, tmp_path / "folder")
+def folder(exported, tmp_path, monkeypatch):
+    """A copy of it, in a working directory of its own, with the weights of lively(TINY)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, "folder")
+    write_tensors(Path("folder/model.safetensors"), openai_weights(lively(TINY)))
+    return Path("folder")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine instead of Hugging Face's, and a tiny gpt2. A list of what is asked."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # serves this folder
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("TORCH_HOME", "home")
+    monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", TINY | {"dropout_rate": 0.1})
+    monkeypatch.chdir(tmp_path)
+    yield asked
+    server.shutdown()
+    server.server_close()
+
 
 class TestPretrained:
-    @cases("name, layers, heads, width, parameters", [
-        ("gpt2", 12, 12, 768, 124_439_808), ("gpt2-medium", 24, 16, 1024, 354_823_168),
-        ("gpt2-large", 36, 20, 1280, 774_030_080), ("gpt2-xl", 48, 25, 1600, 1_557_611_200)])
-    def test_openais_sizes(self, name, layers, heads, width, parameters):
-        sizes = {"n_layers": layers, "n_heads": heads, "emb_dim": width}
-        fixed = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True}
-        assert gpt2.OPENAI_SIZES[name] == sizes | fixed and len(gpt2.OPENAI_SIZES) == 4
-        with torch.device("meta"):
-            assert gpt2.GPT2(gpt2.OPENAI_SIZES[name] | {"dropout_rate": 0.1}).num_parameters() == parameters
-    def test_export_writes_openais_names_and_layout_and_gives_the_model_back(self, exported):
-        weights = openai_weights(lively(TINY | {"qkv_bias": False}).bfloat16().float())  # no bias: zeros
-        tensors = torch.load(exported / "pytorch_model.bin", weights_only=True)
+    @cases(
+        "name, sizes, parameters, rate",
+        [
+            ("gpt2", (12, 12, 768), 124_439_808, 6e-4),
+            ("gpt2-medium", (24, 16, 1024), 354_823_168, 3e-4),
+            ("gpt2-large", (36, 20, 1280), 774_030_080, 2.5e-4),
+            ("gpt2-xl", (48, 25, 1600), 1_557_611_200, 2e-4),
+        ],
+    )
+    def test_openais_sizes(self, cli, name, sizes, parameters, rate):
+        fixed = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "dropout_rate": 0.1}
+        sizes = dict(zip(("n_layers", "n_heads", "emb_dim"), sizes, strict=True))
+        assert gpt2.OPENAI_SIZES[name] == fixed | sizes | {"learning_rate": rate}
+        assert re.search(rf"parameters +{parameters:,}\n", cli("info", name).out)
+
+    def test_an_export_has_openais_names_and_layout_and_is_read_back(self, exported):
+        weights = openai_weights(lively(TINY | {"qkv_bias": False}).bfloat16().float())
+        tensors = read_tensors(exported / "model.safetensors")  # a bias that is missing is 0
         assert same(tensors, weights) and tensors["h.0.attn.c_attn.weight"].shape == (12, 36)
-        assert json.loads((exported / "config.json").read_text("utf-8")) == {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 61, "n_positions": 8,
-            "n_ctx": 8, "n_embd": 12, "n_head": 3, "n_layer": 2, "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False, "resid_pdrop": 0.2, "attn_pdrop": 0.2,
-            "embd_pdrop": 0.2}
+        said = {"vocab_size": 61, "n_positions": 8, "n_ctx": 8, "n_embd": 12, "n_head": 3}
+        said |= {"n_layer": 2, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        said |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        said |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        said |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.2)
+        assert read_json_of(exported) == said | {"tie_word_embeddings": True}
         assert same(openai_weights(read(exported)), weights)
         assert read(exported).config == TINY | {"dropout_rate": 0.2}
-    def test_vocabulary_and_merges_stand_under_their_names_and_alone(self, exported, tmp_path):
-        vocabulary = json.loads((exported / "vocab.json").read_text("utf-8"))
-        assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1 == END
-        assert (exported / "merges.txt").read_text("utf-8").splitlines()[1] == "Ġ t"
-        assert sorted(os.listdir(exported)) == ["config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
-        write(tmp_path / "other", "")  # perhaps weights, which would be read instead of the new
+
+    def test_an_export_says_where_texts_end_and_how_long_they_are(self, tmp_path):
+        lively(SMALL).save_pretrained(tmp_path / "new")
+        names = "config.json generation_config.json merges.txt model.safetensors"
+        names += " tokenizer_config.json vocab.json"
+        assert sorted(os.listdir(tmp_path / "new")) == names.split()
+        ends = {"bos_token_id": END, "eos_token_id": END}
+        assert read_json_of(tmp_path / "new").items() >= ends.items()
+        assert read_json_of(tmp_path / "new", "generation_config.json") == ends
+        tokens = read_json_of(tmp_path / "new", "tokenizer_config.json")
+        assert tokens["model_max_length"] == 8 and tokens["tokenizer_class"] == "GPT2Tokenizer"
+        assert {tokens[key] for key in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
+
+    def test_an_export_read_as_transformers_does_says_the_same(self, cli, tokenizer):
+        """A GPT-2 and a tokenizer that know nothing of ours but the files in the folder."""
+        model, new = lively(SMALL | {"n_layers": 2, "dropout_rate": 0.1}), Path("new")
+        assert cli("export", new, "--model", save_model(model, "model.pt")).code == 0
+        vocabulary, said = read_json_of(new, "vocab.json"), read_json_of(new)
+        merges = (new / "merges.txt").read_text("utf-8").splitlines()[1:]
+        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
+
+        ids = []
+        for word in ("Edith", "ĠWharton", ",", "Ġof", "ĠNew", "ĠYork", "ĠĊ"):
+            parts = list(word)
+            while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+                at = list(itertools.pairwise(parts)).index(min(pairs, key=ranks.get))
+                parts[at : at + 2] = ["".join(parts[at : at + 2])]
+            ids += [vocabulary[part] for part in parts]
+        assert ids == tokenizer.encode("Edith Wharton, of New York \n")
+        assert vocabulary["<|endoftext|>"] == said["eos_token_id"] == len(vocabulary) - 1 == END
+
+        weights = read_tensors(new / "model.safetensors")
+        expected = reference_logits(weights, said["n_head"], ids[-8:])
+        assert torch.allclose(model(torch.tensor([ids[-8:]]))[0].double(), expected, atol=1e-4)
+
+    def test_other_vocabularies_are_cut_or_go_without_tokenizer(self, tmp_path, exported, caplog):
+        padded = lively(SMALL | {"vocab_size": 50304})
+        padded.save_pretrained(tmp_path / "new")
+        tensors = read_tensors(tmp_path / "new" / "model.safetensors")
+        assert torch.equal(tensors["wte.weight"], padded.token_embedding.weight[:50257])
+        assert read(tmp_path / "new").config == SMALL and (tmp_path / "new/vocab.json").exists()
+        assert sorted(os.listdir(exported)) == ["config.json", "model.safetensors"]
+        lively(TINY).save_pretrained(tmp_path / "tiny")
+        assert "tokenizer" in caplog.text
+
+    @cases("old", ["other.bin", "model/config.json"])
+    def test_only_a_new_folder_is_exported_to(self, tmp_path, exported, old):
+        put(tmp_path / old, "")  # perhaps weights, which would be read instead of the new
         refused("not empty", lambda: read(exported).save_pretrained(tmp_path))
+
+    @cases("prefix", ["", "transformer.", "module._orig_mod.transformer.", "_module.", "model."])
+    @cases("files", [[""], ["-1", "-2"]])
     @cases("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-    @cases("prefix", ["", "transformer."])
-    @cases("files", [["model"], ["model-1", "model-2"], []])
-    def test_a_folder_of_each_kind_is_read(self, folder, dtype, prefix, files):
-        """One file or several, or that of older folders; with the causal masks of older files, and a head."""
-        tensors = {prefix + name: tensor.to(dtype) for name, tensor in openai_weights(lively(TINY)).items()}
-        for i, mask in enumerate((torch.uint8, torch.bool) if prefix else ()):
-            tensors[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=mask).tril()
-            tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-            tensors["lm_head.weight"] = tensors[prefix + "wte.weight"].clone()
-        torch.save({} if files else tensors, folder / "pytorch_model.bin")
-        for i, file in enumerate(files):
-            part = {name: tensors[name] for name in sorted(tensors)[i :: len(files)]}
-            write_safetensors(folder / f"{file}.safetensors", part)
-        model = read(folder)
-        assert same(openai_weights(model), openai_weights(lively(TINY).to(dtype).float()))
-        assert not model.training and all(p.requires_grad for p in model.parameters())
-    def test_a_config_that_would_be_computed_wrongly_or_does_not_fit_is_refused(self, exported, tmp_path):
-        for key, value, cause in (
-                ("model_type", "llama", 0), ("activation_function", "gelu", 0), ("n_embd", "gone", "n_embd"),
-                ("layer_norm_epsilon", 1e-6, 0), ("scale_attn_by_inverse_layer_idx", True, 0),
-                ("scale_attn_weights", False, 0), ("tie_word_embeddings", False, 0), ("n_head", 5, "n_heads"),
-                ("n_embd", "wide", "emb_dim"), ("n_layer", 10**12, "n_layers"), ("n_layer", 1, "blocks.1"),
-                ("n_layer", 3, "blocks.2"), ("n_positions", 9, "position_embedding")):
-            folder = shutil.copytree(exported, tmp_path / "folder", dirs_exist_ok=True)
-            edit_config(folder, **{key: value})
-            refused(f"folder.*{cause or f'{key}.*{value}'}", lambda: read(folder))
-            if not cause:  # left out, it is as OpenAI has it
-                edit_config(folder, **{key: "gone"}, resid_pdrop="gone")
-                assert read(folder).config["dropout_rate"] == 0.1
-    def test_causal_masks_of_layers_10_and_up_of_an_old_file_are_left_out(self, folder):
-        model = lively(TINY | {"n_layers": 12, "emb_dim": 6})
-        weights = openai_weights(model)
-        edit_config(folder, n_layer=12, n_embd=6)
-        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(12)}
-        torch.save(weights | masks, folder / "pytorch_model.bin")
+    def test_a_folder_of_each_kind_is_read(self, folder, prefix, files, dtype):
+        """Whole or in shards; with a prefix there are a head and masks, as in older files."""
+        model = lively(TINY | {"n_layers": 11, "emb_dim": 6}).to(dtype).float()
+        edit_config(folder, n_layer=11, n_embd=6)
+        weights = {name: tensor.to(dtype) for name, tensor in openai_weights(model).items()}
+        tensors = {prefix + name: tensor for name, tensor in weights.items()}
+        for layer, mask in ((0, torch.uint8), (10, torch.bool)) if prefix else ():
+            tensors[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8, dtype=mask).tril()
+            tensors[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+            tensors["lm_head.weight"] = weights["wte.weight"].clone()
+        if prefix == "model.":  # a tied file may hold the head alone
+            del tensors["model.wte.weight"]
+        parts = [tensors] if len(files) == 1 else [dict([*tensors.items()][i::2]) for i in (0, 1)]
+        (folder / "model.safetensors").unlink()
+        for file, part in zip(files, parts, strict=True):
+            torch.save(part, folder / f"pytorch_model{file}.bin")
         assert same(read(folder).state_dict(), model.state_dict())
-        for name in ("lm_head", "extra"):  # other weights are not left out
-            torch.save(weights | {f"{name}.weight": weights["wte.weight"] + 1}, folder / "pytorch_model.bin")
-            refused(f"folder.*{name}", lambda: read(folder))
-    def test_a_damaged_file_is_named_and_nothing_in_it_is_run(self, folder, monkeypatch, tmp_path):
-        monkeypatch.chdir(tmp_path)
+        for file, part in zip(files, parts, strict=True):
+            write_tensors(folder / f"model{file}.safetensors", part)
+            torch.save({}, folder / f"pytorch_model{file}.bin")  # which is not read any more
+        assert same(read(folder).state_dict(), model.state_dict()) and not read(folder).training
+
+    @cases("stem, suffix", [("model", "safetensors"), ("pytorch_model", "bin")])
+    def test_an_index_names_the_shards_and_a_missing_one_is_said(self, folder, stem, suffix):
+        save = write_tensors if suffix == "safetensors" else (lambda path, x: torch.save(x, path))
+        (folder / "model.safetensors").unlink()
+        weights = openai_weights(lively(TINY))
+        shards = [f"{stem}-{i}-of-2.{suffix}" for i in (1, 2)]
+        index = {name: shards[i % 2] for i, name in enumerate(weights)}
+        for shard in shards:
+            save(folder / shard, {name: weights[name] for name in index if index[name] == shard})
+        save(folder / f"{stem}-old.{suffix}", {"wte.weight": weights["wte.weight"] + 1})
+        write(folder / f"{stem}.{suffix}.index.json", json.dumps({"weight_map": index}))
+        assert same(read(folder).state_dict(), lively(TINY).state_dict())
+        (folder / shards[1]).unlink()
+        refused(shards[1], lambda: read(folder))
+        write(folder / f"{stem}.{suffix}.index.json", "{}")
+        refused("folder", lambda: read(folder))
+
+    def test_a_config_may_say_the_same_in_other_words(self, folder):
+        others = [{"activation_function": name} for name in ("gelu_pytorch_tanh", "gelu_fast")]
+        others += [{"n_positions": "gone"}, {"n_ctx": "gone", "n_positions": 8}, {"n_inner": None}]
+        others += [{"model_type": "gone", "activation_function": "gone", "resid_pdrop": "gone"}]
+        for change in others:
+            edit_config(folder, **change)
+            assert torch.equal(read(folder)(some_ids(1, 8)), lively(TINY)(some_ids(1, 8)))
+        assert read(folder).config["dropout_rate"] == 0.1  # as OpenAI has it
+
+    @cases("key", WRONG_CONFIG)
+    def test_a_config_that_does_not_fit_is_refused(self, folder, key):
+        edit_config(folder, **{key: WRONG_CONFIG[key]})
+        ours = {"n_embd": "emb_dim", "n_head": "n_heads", "n_positions": "position_embedding"}
+        refused(f"folder.*{ours.get(key, key)}", lambda: read(folder))
+        for n_layer in (1, 3):
+            edit_config(folder, n_layer=n_layer)
+            refused("folder", lambda: read(folder))
+
+    @cases("cause", OTHER_WEIGHTS)
+    def test_weights_of_another_kind_of_model_are_refused(self, folder, cause):
+        weights = openai_weights(lively(TINY)) | OTHER_WEIGHTS[cause]
+        weights = {key: value for key, value in weights.items() if value is not None}
+        write_tensors(folder / "model.safetensors", weights)
+        refused(f"folder.*{cause}", lambda: read(folder))
+
+    @cases("cause", NO_MODELS)
+    def test_a_folder_that_holds_no_model_says_what_it_is(self, tmp_path, cause):
+        for name in NO_MODELS[cause].split():
+            put(tmp_path / "some" / name, "{}")
+        refused(f"some.*{cause}", lambda: read(tmp_path / "some"))
+
+    @cases("content", ["[1]", "words", "[" * 10**5])
+    def test_a_config_that_is_none_is_refused(self, folder, content):
+        put(folder / "config.json", content)
+        refused("folder.config.json", lambda: read(folder))
+
+    @cases("name", ["vocab.json", "tokenizer.json"])
+    def test_a_tokenizer_that_is_not_gpt2s_is_refused(self, folder, name):
+        lively(SMALL).save_pretrained("new")
+        words = read_json_of(Path("new"), "vocab.json")
+        said = words if name == "vocab.json" else {"model": {"vocab": words}}
+        write(folder / name, json.dumps(said))
+        assert read(folder)
+        words["Ġthe"], words["Ġof"] = words["Ġof"], words["Ġthe"]
+        write(folder / name, json.dumps(said))
+        refused("folder.*tokenizer", lambda: read(folder))
+
+    @cases("bias", [True, False])
+    def test_nanogpts_checkpoint_is_read_with_zeros_for_biases_it_lacks(self, tmp_path, bias):
+        model = lively(TINY)
+        torch.save(nano_checkpoint(model, bias), tmp_path / "ckpt.pt")
+        for name, parameter in model.named_parameters():
+            parameter.data.mul_(bias or not name.endswith(".bias"))
+        found = read(tmp_path / "ckpt.pt")
+        assert same(found.state_dict(), model.state_dict()) and found.config == TINY
+
+    def test_what_is_no_checkpoint_is_named_and_nothing_in_it_is_run(self, cli):
+        weights = lively(TINY).state_dict()
+        good = {"config": TINY, "model": weights}
+        bad = [weights, [1], good | {"model": {}}, good | {"model": [1]}, good | {"config": 5}]
+        bad += [good | {"config": TINY | {"n_heads": 5}}, good | {"config": TINY | {"emb_dim": 6}}]
+        bad += [good | {"model": weights | more} for more in ({"x": {}}, {"final_norm.bias": 5})]
+        bad += [good | {"model": FolderTrap()}, {"model_args": {}, "model": FolderTrap()}]
+        for content in bad:
+            torch.save(content, "bad.pt")
+            refused("bad.pt", lambda: read("bad.pt"))
+        assert not Path("trapped").exists()
+
+    def test_a_million_layers_are_refused_before_one_is_built(self, folder, monkeypatch):
+        edit_config(folder, n_layer=10**6)
+        checkpoint = {"config": TINY | {"n_layers": 10**6}, "model": lively(TINY).state_dict()}
+        torch.save(checkpoint, "ours.pt")
+        torch.save(nano_checkpoint(lively(TINY), n_layer=10**6), "nano.pt")
+        monkeypatch.setattr(gpt2, "TransformerBlock", raising(SystemExit("a layer was built")))
+        for name in ("folder", "ours.pt", "nano.pt"):
+            refused(name, lambda name=name: read(name))
+
+    def test_a_damaged_file_is_named_and_nothing_in_it_is_run(self, folder):
+        good = save_model(lively(TINY), Path("good.pt")).read_bytes()
+        trap = pickle.dumps(FolderTrap(), 2)
+        for content in (b"", b"words " * 99, good[:9000], good[:-1], trap):
+            refused("bad.pt", lambda content=content: read(put(Path("bad.pt"), content)))
         path = folder / "model.safetensors"
-        for edit in ({"data_offsets": [10**9, 10**9 + 48]}, {"data_offsets": [0, 1, 2]}, {"shape": [11]},
-                     {"shape": ["x"]}, {"dtype": "F4"}):
-            write_safetensors(path, openai_weights(lively(TINY)), **edit)
-            refused("model.safetensors", lambda: read(folder))
+        good = path.read_bytes()
         deep = (10**5).to_bytes(8, "little") + b"[" * 10**5
-        for content in (path.read_bytes()[:-100], b"", b"\2\0\0\0\0\0\0\0[]", b"words " * 99, deep):
+        for content in (good[:-100], b"", b"\2\0\0\0\0\0\0\0[]", b"word " * 99, deep):
             path.write_bytes(content)
+            refused("model.safetensors", lambda: read(folder))
+        for edit in ({"data_offsets": [10**9, 10**9 + 48]}, {"shape": ["x"]}, {"dtype": "F4"}):
+            write_tensors(path, openai_weights(lively(TINY)), **edit)
             refused("model.safetensors", lambda: read(folder))
         path.unlink()
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+        put(folder / "pytorch_model.bin", trap)
         refused("folder", lambda: read(folder))
         assert not Path("trapped").exists()
-    def test_a_size_is_downloaded_from_the_hub_and_what_exists_comes_first(self, monkeypatch, tmp_path):
-        asked = []
-        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", {key: TINY[key] for key in gpt2.OPENAI_SIZES["gpt2"]})
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: (
-            asked.append((url, options)) or openai_weights(lively(TINY))))
-        for variable, host in (("", "https://huggingface.co"), ("http://mirror", "http://mirror")):
-            monkeypatch.setenv("HF_ENDPOINT", variable)
-            model = read("gpt2")
-            url = f"{host}/openai-community/gpt2/resolve/main/pytorch_model.bin"
-            assert asked.pop() == (url, {"file_name": "gpt2.bin", "weights_only": True})
-        assert same(model.state_dict(), lively(TINY).state_dict()) and model.config["dropout_rate"] == 0.1
-        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail(OSError("no route")))
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
-        refused(f"http://mirror.*gpt2.*{tmp_path}.*no route", lambda: read("gpt2"))  # which file to look at
-        save_model(lively(TINY, seed=5), tmp_path / "gpt2")
+
+    @cases("name", ["folder/model.safetensors", "ckpt.pt"])
+    def test_a_git_lfs_pointer_says_how_to_get_the_weights(self, folder, name):
+        put(Path(name), "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
+        refused(f"{name}.*git lfs pull", lambda: read(name.partition("/")[0]))
+
+    def test_a_checkpoint_of_the_version_before_is_read(self, tmp_path):
+        weights = lively(TINY).state_dict()
+        del weights["head.weight"]  # the tied head is new, and so is the key "version"
+        torch.save({"config": TINY, "model": weights, "step": 5}, tmp_path / "old.pt")
+        assert same(read(tmp_path / "old.pt").state_dict(), lively(TINY).state_dict())
+
+    def test_of_a_runs_folder_the_best_model_is_read_else_the_last(self, tmp_path):
+        for name, seed in (("last.pt", 1), ("best.pt", 2)):
+            save_model(lively(TINY, seed=seed), tmp_path / name)
+            assert same(read(str(tmp_path)).state_dict(), lively(TINY, seed=seed).state_dict())
+
+    def test_a_name_is_downloaded_once_and_what_lies_here_comes_first(self, hub):
+        place = Path("openai-community/gpt2/resolve/main/model.safetensors")
+        write_tensors(put(place, ""), openai_weights(lively(TINY)))
+        for _ in range(2):
+            assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
+        assert hub == [f"/{place}"] and not read("gpt2").training
+        save_model(lively(TINY, seed=5), "gpt2")
         assert same(read("gpt2").state_dict(), lively(TINY, seed=5).state_dict())
 
-class TestLargeTexts:
-    def test_tokens_of_pieces_are_those_of_the_whole(self, tmp_path, tokenizer, monkeypatch):
-        """Files read in blocks of a few characters, so that every place is somewhere a cut."""
-        rng = random.Random(0)
-        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0", "\0", "\x0b", "12",
-               "<|endoftext|>", "'s", "é", "🙂", "漢", " the", "!?", "\ufeff", "word", "a"]
-        class Blocks(io.TextIOWrapper):
-            def read(self, size=-1):
-                return super().read(rng.randint(1, 40))
-        monkeypatch.setattr(os, "cpu_count", lambda: 1)
-        monkeypatch.setattr(gpt2, "open", lambda path, **more: Blocks(io.FileIO(path), **more), raising=False)
-        for number in range(60):
-            text = "".join(rng.choice(odd) for _ in range(300))
-            tokens = gpt2.tokenize_file(str(write(tmp_path / f"{number}.txt", text)))
-            assert tokens.tolist() == tokenizer.encode(text.removeprefix("\ufeff"), allowed_special="all")
-            assert tokens.dtype == torch.uint16
-    def test_a_byte_order_mark_is_no_text_and_what_is_no_text_is_refused(self, tmp_path, tokenizer, caplog):
-        path = tmp_path / "some.txt"
-        path.write_bytes(b"\xef\xbb\xbfhello world")
-        assert gpt2.tokenize_file(str(path)).tolist() == tokenizer.encode("hello world")
-        caplog.set_level("INFO")
-        for content, noted in ((b"one\ntwo", False), (b"one\r\ntwo", True)):
-            path.write_bytes(content)
-            gpt2.tokenize_file(str(path))
-            assert ("Windows line ends" in caplog.text) == noted
-        for content, cause in ((b"", "empty"), (b"\xef\xbb\xbf", "empty"), (b"caf\xe9 au", "UTF-8.*0xe9")):
-            path.write_bytes(content)
-            refused(f"some.txt.*{cause}|0xe9", lambda: gpt2.tokenize_file(str(path)))
-    @cases("rows, outputs, pieces, columns", [
-        (1, 336, 48, 1), (4, 336, 48, 4), (5, 336, 48, 7), (128, 336, 48, 7), (129, 336, 0, 0), (1, 240, 0, 0),
-        (2, 250, 25, 2), (1, 331, 1, 1), (1, 330, 33, 1)])
-    def test_few_rows_are_multiplied_in_pieces_with_the_same_result(self, monkeypatch, rows, outputs, pieces, columns):
-        cuts = []
-        real = torch.baddbmm
-        monkeypatch.setattr(torch, "baddbmm", lambda *parts: cuts.append(parts[2].shape[::2]) or real(*parts))
-        weight = torch.randn(outputs, 400)  # from 250 · 400 = 100,000 numbers on
-        x = torch.randn(1, rows, 400)
-        for bias in (torch.randn(outputs), None):
-            expected = nn.functional.linear(x, weight, bias)
-            assert torch.equal(gpt2.linear(x, weight, bias), expected)  # with gradients: as PyTorch does it
-            with torch.no_grad():
-                assert torch.allclose(gpt2.linear(x, weight, bias), expected, atol=1e-4)
-        with torch.no_grad():
-            gpt2.linear(x.double(), weight.double())  # other types, too
-        assert cuts == ([(pieces, columns)] * 2 if pieces else [])
+    def test_offline_the_address_and_the_file_to_put_there_are_named(self, hub, monkeypatch):
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # where nobody answers
+        address = "http://127.0.0.1:1/openai-community/gpt2/resolve/main/model.safetensors"
+        path = Path("home/hub/checkpoints/gpt2.safetensors")
+        refused(f"{address}.*{path}", lambda: read("gpt2"), OSError)
+        write_tensors(path, openai_weights(lively(TINY)))
+        assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
 
-OPTIONS = {  # of each command, beside keys of CONFIG
-    "train": {"model_size": "", "init": "", "resume": False, "overwrite": False, "out": "checkpoints"},
-    "generate": {"model": "checkpoints/last.pt", "max_tokens": 100, "do_sample": False, "temperature": 1.0,
-                 "top_k": 0, "top_p": 1.0, "num_samples": 1, "instruct": False},
-    "eval": {"model": "checkpoints/last.pt", "all": False, "json": False},
-    "export": {"model": "checkpoints/last.pt"}}
-KEYS = {"train": [*gpt2.CONFIG], "generate": ["seed", "device", "precision"],
-        "eval": ["data", "stride", "device", "precision"], "export": []}
+    def test_a_folder_called_gpt2_is_a_model_or_says_that_it_hides_one(self, hub):
+        Path("gpt2").mkdir()
+        refused("folder gpt2", lambda: read("gpt2"))
+        save_model(lively(TINY, seed=3), "gpt2/best.pt")  # a run with --out gpt2
+        assert same(read("gpt2").state_dict(), lively(TINY, seed=3).state_dict()) and hub == []
+        refused("gpt3.*gpt2-xl", lambda: read("gpt3"), FileNotFoundError)
 
-# A command line, a colon, and what its error says; two spaces or more end both.
-BAD_LINES = """
-nonsense:nonsense               train --epohcs 3:--epohcs       train --epoch 3:--epoch
-train extra:extra               train --epochs many:many        train --epochs 0:epochs is 0
-train --n_heads 3:n_heads 3     train --device warp:warp        train --precision fp8:fp8
-generate --model good.pt --seed -1:seed is -1   generate --seed x:--seed        generate --resume:--resume
-export:folder                   generate:last.pt                train --init missing:missing
-train --data missing.txt:missing        train --data latin.txt:latin.txt.*UTF-8
-train --data empty.txt:empty.txt        train --data short.txt:short.txt.*context_length
-train --data broken.json:n.json         train --data broken.jsonl:broken.jsonl, entry 2
-train --data number.jsonl:entry 1       train --data keys.jsonl:keys.jsonl, entry 1.*prompt
-train --data null.jsonl:output          train --data single.jsonl:val_fraction
-train --data empty.jsonl:empty.js       train --vocab_size 61:vocab_size
-train --resume --out nowhere:No such file.*nowhere  train --resume --out run --emb_dim 16:emb_dim.* 8
-train --out run:--resume.*--over        train --init good.pt --emb_dim 16:emb_dim.* 8
-train --resume --out run:max_steps      train --init good.pt --context_length 32:context_length 32
-train --model_size gpt3:gpt3.*gpt2-m    generate --model missing.pt:missing.pt.*gpt2-xl
-generate --model words.pt:no checkpoint  generate --model good.pt --temperature -1:temperature
-generate --model trap.pt:trap.pt        generate --model good.pt --top_k -1:top_k
-generate --model few.pt:vocab_size 61   generate --model good.pt --top_p 0:top_p
-eval --model few.pt:vocab_size 61       generate --model good.pt --precision x:'x'
-export new --model missing:missing      eval --model good.pt --data missing.txt:missing
-export a.pt --model few.pt:a.pt         eval --model good.pt --data keys.jsonl:entry 1
-eval --model good.pt --data one.txt:one.txt  eval --model good.pt --data latin.txt:UTF-8
-eval --model good.pt --stride -5:stride is -5   train --data none.jsonl:entry 1.*null  train --data .:no file
-"""
-Terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    @pytest.mark.skipif(
+        not os.environ.get("GPT2_REAL_WEIGHTS"), reason="only with GPT2_REAL_WEIGHTS=1: 0.5 GB"
+    )
+    def test_openais_weights_say_of_turing_what_others_report(self, tokenizer):
+        prompt = "Alan Turing theorized that computers would one day become"
+        expected = " the most powerful machines on the planet.\n\nThe computer is a machine that "
+        expected += "can perform complex calculations, and it can perform these calculations in a "
+        expected += "way that is very similar to the human brain."
+        ids = gpt2.text_to_token_ids(prompt, tokenizer)
+        ids = gpt2.generate(read("gpt2"), ids, len(tokenizer.encode(expected)))
+        assert gpt2.token_ids_to_text(ids, tokenizer) == prompt + expected
+
+
+# ---- 11. Fast CPUs ----
+
+
+def fast_parts(model):
+    """The kinds of faster modules that a model has."""
+    kinds = {gpt2.FewRowsLinear, gpt2.Int8Linear, gpt2.Int8Embedding}
+    return {type(module) for module in model.modules()} & kinds
+
+
+def bytes_of(model):
+    """The memory of all tensors that a model's modules hold, each once."""
+    modules = list(model.modules())
+    groups = [group for m in modules for group in (vars(m), m._parameters, m._buffers)]
+    tensors = [x for group in groups for x in group.values() if isinstance(x, torch.Tensor)]
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(sizes.values())
+
+
+def before_each_call(act, name):
+    """The function of gpt2 with this name, and before it `act` on its arguments."""
+    function = getattr(gpt2, name)
+
+    def wrapped(*arguments, **named):
+        act(*arguments)
+        return function(*arguments, **named)
+
+    return wrapped
+
+
+class TestFastCPUs:
+    @cases("rows", [1, 2, 4, 5, 63, 128, 129])
+    @cases("outputs", [48, 336, 250, 331, 29])
+    @cases("bias", [True, False])
+    @torch.no_grad()
+    def test_products_of_few_rows_equal_those_of_a_plain_linear(self, rows, outputs, bias):
+        linear, x = nn.Linear(40, outputs, bias=bias), torch.randn(rows, 40)
+        for shape in ((rows, 40), (1, rows, 40), (rows, 1, 40)):
+            found, expected = gpt2.FewRowsLinear(linear)(x.view(shape)), linear(x.view(shape))
+            assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+
+    @cases("rows", [1, 8, 63, 64, 200])
+    @cases("width", [64, 48, 24, 12, 7])  # PyTorch's operator reads multiples of 16 only
+    @cases("bias", [True, False])
+    @torch.no_grad()
+    def test_int8_products_are_those_of_a_plain_linear_up_to_rounding(self, rows, width, bias):
+        linear, x = nn.Linear(width, 96, bias=bias), torch.randn(2, rows, width)
+        linear.weight.mul_(torch.logspace(-3, 3, 96)[:, None])  # each row has its own scale
+        found, expected = gpt2.Int8Linear(linear)(x), linear(x)
+        size = x.abs() @ linear.weight.abs().t() + expected.abs()
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        assert ((found - expected).abs() / size).max() < 0.02
+
+    @torch.no_grad()
+    def test_int8_moves_loss_and_logits_of_a_lively_model_little(self):
+        size = SMALL | {"emb_dim": 32, "n_heads": 4, "n_layers": 3, "context_length": 32}
+        model, ids = lively(size, scale=0.4), some_ids(4, 32, vocab=50257)
+        loss, logits = gpt2.evaluate(model, [(ids, ids.roll(-1, 1))]), model(ids)
+        gpt2.speed_up(model, "int8")
+        assert abs(gpt2.evaluate(model, [(ids, ids.roll(-1, 1))]) - loss) < 0.02
+        for found, expected in ((model(ids), logits), (model(ids[:, :5]), logits[:, :5])):
+            assert (found - expected).pow(2).mean().sqrt() < 0.05 * logits.std()
+
+    @torch.no_grad()
+    def test_int8_keeps_no_other_copy_of_a_matrix_and_looks_tokens_up_in_it(self):
+        size = SMALL | {"emb_dim": 64, "n_heads": 4, "n_layers": 2}
+        model, plain, ids = lively(size), lively(size), some_ids(3, 5, vocab=50257)
+        assert bytes_of(gpt2.speed_up(model, "int8")) <= 0.3 * bytes_of(plain)
+        found, expected = model.token_embedding(ids), plain.token_embedding(ids)
+        assert found.shape == (3, 5, 64) and (found - expected).abs().max() < 0.01
+
+    @cases("precision, near", [("auto", 1e-5), ("int8", 0.02), ("bf16", 0.05)])
+    def test_generate_and_eval_use_the_fast_parts(self, cli, monkeypatch, precision, near):
+        model = lively(SMALL | {"emb_dim": 192, "context_length": 32}, scale=1.0)
+        nn.init.zeros_(model.final_norm.bias)  # and it says more than one word
+        options = ["--json", "--precision", precision, "--model", save_model(model, "model.pt")]
+        ids = gpt2.generate(model, torch.tensor([[END]]), 20, eos_id=END)
+        windows = gpt2.TextDataset(tokens_in(write("a.txt", VERDICT[:400])), 32)
+        loss, used = gpt2.evaluate(model, gpt2.scoring_batches(windows, 16)), []
+        for name in ("generate", "evaluate"):
+            spy = before_each_call(lambda model, *_: used.append(fast_parts(model)), name)
+            monkeypatch.setattr(gpt2, name, spy)
+
+        said = json.loads(cli("generate", "<|endoftext|>", "--max_tokens=20", *options).out)
+        report = json.loads(cli("eval", "a.txt", *options).out)
+        kinds = {"auto": {gpt2.FewRowsLinear}, "int8": {gpt2.Int8Linear, gpt2.Int8Embedding}}
+        assert used == [kinds.get(precision, set())] * 2
+        assert report["loss"] == approx(loss, abs=near)
+        if precision == "auto":
+            text = gpt2.token_ids_to_text(ids[:, 1:], gpt2.load_tokenizer())
+            assert said["text"] == text and len(set(ids[0].tolist())) > 9
+
+    def test_a_model_read_trained_or_saved_is_plain(self, config, whole, cli):
+        assert not fast_parts(read(whole))
+        for row in gpt2.train(config | {"max_steps": 1}, init=whole / "last.pt", out="run"):
+            assert not fast_parts(row["model"])
+        plain = set(lively(config).state_dict())
+        assert set(load("run/last.pt")["model"]) == set(load("run/best.pt")["model"]) == plain
+        assert cli("export", "new", "--model", whole).code == 0
+        assert same(read("new").state_dict(), read(whole).state_dict())
+        assert "int8" in cli("train", "--precision=int8", "--max_steps=1").err
+        assert not Path("checkpoints").exists()
+
+    def test_only_the_command_line_keeps_freed_memory(self, cli, config, monkeypatch):
+        kept = []
+        monkeypatch.setattr(gpt2, "keep_freed_memory", lambda: kept.append(True))
+        list(gpt2.train(config | {"max_steps": 1}, out=None))
+        assert kept == []
+        assert cli("train", *words(config), "--max_steps=1", "--out=run").code == 0
+        assert kept == [True]
+
+
+# ---- 12. Command line ----
+
+
+Terminal = type("Terminal", (io.StringIO,), {"isatty": lambda _: True, "fileno": lambda _: 2})
+
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory, config):
@@ -1085,266 +2749,901 @@ def shelf(tmp_path_factory, config):
     save_model(lively(SMALL), folder / "good.pt")
     save_model(lively(TINY), folder / "few.pt")
     list(gpt2.train(config | {"max_steps": 1}, out=folder / "run"))
-    files = {"latin.txt": b"caf\xe9 au lait", "empty.txt": b"", "short.txt": b"hello there", "one.txt": b"a",
-             "broken.jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "empty.jsonl": b"",
-             "keys.jsonl": b'{"text": "a"}\n', "number.jsonl": b"7\n", "broken.json": b'[{"prompt": ]',
-             "null.jsonl": b'{"instruction": "x", "input": "y"}\n', "words.pt": b"words " * 99, "a.pt": b"a",
-             "none.jsonl": b'{"prompt": "a", "completion": null}\n',
-             "single.jsonl": b'{"prompt": "a", "completion": "b"}\n', "trap.pt": pickle.dumps(Trap())}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    texts = {
+        "good.txt": VERDICT[:2000],
+        "empty.txt": "",
+        "short.txt": "hello there",
+        "one.txt": "a",
+    }
+    texts |= {"words.pt": "words " * 99, "asked.txt": '{"prompt": "Once"}\n{"prompt": \n'}
+    texts |= {"keys.jsonl": '{"title": "a"}', "single.jsonl": '{"prompt": "a", "completion": "b"}'}
+    for name, text in (texts | {"unasked.txt": '{"question": "Once"}'}).items():
+        write(folder / name, text)
+    (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
     return folder
+
+
 @pytest.fixture
-def at_shelf(shelf, cli, monkeypatch):
+def at_shelf(shelf, cli, monkeypatch, tmp_path):
+    """The command line in the folder `shelf`, where no download can succeed."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(shelf)
     return cli
 
+
+@pytest.fixture
+def say(cli):
+    """What `generate` prints for these words, from a model that says what it is told to.
+
+    say(["A", " b"], "Say", "--only_new"): the model's tokens, then words of the command line.
+    """
+
+    def call(pieces, *given, after=1):
+        encode = gpt2.load_tokenizer().encode
+        tokens = [i for piece in pieces for i in encode(piece, allowed_special="all")]
+        result = cli("generate", *given, "--model", speaking("says.pt", tokens, after=after))
+        assert result.code == 0, result.err
+        return result.out
+
+    return call
+
+
+def a_clock(monkeypatch, tick=1e-6, step=0):
+    """Give gpt2.py a clock; each look at it moves it by `tick`, each training step by `step`."""
+    clock = itertools.count(0, tick)
+    steps = itertools.count(1)
+    real, now = gpt2.learning_rate_at, [0.0]
+
+    def learning_rate_at(*given):
+        now[0] = step * next(steps)
+        return real(*given)
+
+    look = SimpleNamespace(monotonic=lambda: now[0] + next(clock))
+    look.perf_counter = look.monotonic
+    monkeypatch.setattr(gpt2, "time", look)
+    monkeypatch.setattr(gpt2, "learning_rate_at", learning_rate_at)
+    monkeypatch.setattr(gpt2, "notes", gpt2.Notes())  # which remembers when it spoke
+
+
+def pasted(result, command):
+    """The words after `python gpt2.py` of the command that a result's last line tells to type."""
+    line = result.err.splitlines()[-1]
+    start, found, rest = line.partition(f"python gpt2.py {command}")
+    assert start and found, result.err
+    return [command, *shlex.split(rest)]
+
+
+def in_shell(command, folder):
+    """Paste a command into a shell whose `python` is this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    how = {"shell": True, "cwd": folder, "capture_output": True, "text": True}
+    return subprocess.run(f"set -e\n{command}", env=os.environ | {"PATH": path}, **how)
+
+
+def in_terminal(given, columns=80, keys=b"", until=b"", more=""):
+    """Run gpt2.py in a real terminal, type keys once it showed `until` -> (status, screen)."""
+    spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    ours = shlex.join(map(str, [sys.executable, HERE / "gpt2.py", *given]))
+    line = ["sh", "-c", f"stty cols {columns}; exec {ours} {more}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    screen = b""
+    with subprocess.Popen([sys.executable, "-c", spawn, *line], **pipes) as process:
+        while block := os.read(process.stdout.fileno(), 1 << 16):
+            screen += block
+            if until and until in screen:
+                until = os.write(process.stdin.fileno(), keys) * b""
+    return process.returncode, screen.decode().replace("\r\n", "\n")
+
+
+# Command lines, each with what its error names: options out of their limits, what is missing, …
+OUT_OF_LIMITS = {
+    "train": "epochs=0 epochs=nan max_steps=-1 batch_size=0 grad_accumulation=0 context_length=0 "
+    "dropout_rate=1 val_fraction=1 learning_rate=-1 stride=-1 patience=-1 seed=-1 warmup_steps=-1",
+    "generate --model gpt2": "temperature=-1 temperature=nan top_k=0 top_k=-5 top_p=0 top_p=1.5 "
+    "max_tokens=0 max_tokens=-5 num_samples=0",
+    "eval --model gpt2": "stride=-5",
+}
+
+
+BAD_LINES = [
+    (f"{command} --{value}", value.replace("=", " is "))
+    for command, values in OUT_OF_LIMITS.items()
+    for value in values.split()
+]
+
+
+MISSING = (
+    "train NO,train good.txt NO,train --init gpt2 --data NO,train --init NO,"
+    "train --resume --out NO,generate --model NO,generate --model gpt2 --prompts NO,"
+    "eval NO --model good.pt,info NO,export new --model NO,tokenize NO out.bin"
+)
+
+
+BAD_LINES += [(line.replace("NO", "missing.txt"), "missing.txt") for line in MISSING.split(",")]
+
+
+BAD_LINES += [
+    *(("nonsense", "nonsense"), ("export", "folder"), ("info", "model"), ("eval", "last.pt")),
+    *(("train --epohcs 3", "--epochs"), ("train --epoch 3", "--epochs"), ("generate", "last.pt")),
+    *(
+        ("train --epochs many", "many"),
+        ("generate --seed many", "many"),
+        ("tokenize a.bin", ".bin"),
+    ),
+    *(("train --vocab_size 61", "vocab_size 61"), ("train --n_heads 3", "n_heads 3")),
+    *(("train --device warp", "'warp'"), ("generate --model good.pt --device warp", "'warp'")),
+    *(("train --precision int8", "'int8'"), ("eval --model good.pt --precision fp8", "'fp8'")),
+    *(("train --model_size gpt3", "gpt2-medium"), ("eval --model good.pt --strid 5", "--stride")),
+    *(("train latin.txt", "latin.txt, line 1, byte 4"), ("tokenize latin.txt a.bin", "latin.txt")),
+    *(("train empty.txt", "empty.txt"), ("train short.txt", "context_length 64")),
+    *(("train keys.jsonl", "keys.jsonl"), ("train single.jsonl", "val_fraction")),
+    *(("eval one.txt --model good.pt", "one.txt"), ("eval good.txt --model few.pt", "few.pt")),
+    *(("train --resume --out run --overwrite", "overwrite"), ("train --init words.pt", "words.pt")),
+    ("train --resume --out run --emb_dim 16", "emb_dim must stay 8"),
+    *(("train --resume --out run", "--max_steps 0"), ("train --resume --init good.pt", "init")),
+    *(("train --out run", "run: give --resume"), ("train --init gpt2 --out run", "--resume")),
+    *(("train --out good.pt", "good.pt"), ("train --init good.pt --emb_dim 16", "emb_dim")),
+    ("train --init good.pt --context_length 32", "context_length"),
+    *(("generate --model words.pt", "words.pt"), ("generate --model few.pt", "few.pt")),
+    *(("generate --resume", "--resume"), ("generate --model gpt2", "gpt2.safetensors")),
+    ("generate --model good.pt --prompts asked.txt", "asked.txt"),
+    *(("export run --model good.pt", "run"), ("export words.pt --model good.pt", "words.pt")),
+    *(("tokenize good.txt out.txt", "out.txt"), ("info words.pt", "words.pt")),
+    ("train --init gpt2 --val_data none.txt", "none.txt"),
+    ("eval --model gpt2 --data none.txt", "none.txt"),
+    ("generate --model good.pt --prompts unasked.txt", "unasked.txt"),
+    ("generate --model good.pt --do_sample --seed -1", "seed is -1"),
+]
+
+
 class TestCommandLine:
-    @cases("line, cause", [case.split(":") for case in re.findall(r"\S.*?:.*?(?=\s{2,}|\n)", BAD_LINES)])
-    def test_a_bad_command_line_is_one_line_and_status_2(self, at_shelf, shelf, line, cause):
-        before = sorted(shelf.rglob("*"))
+    @cases("line, named", BAD_LINES)
+    def test_a_bad_command_line_is_one_line_and_status_2(self, at_shelf, shelf, line, named):
+        before = {path.name for path in shelf.rglob("*")}
         result = at_shelf(*line.split())
         *notes, last = result.err.splitlines()
-        assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and re.search(cause, last), last
-        assert all(note[:6] in ("data  ", "model ") for note in notes) and sorted(shelf.rglob("*")) == before
-    @cases("command", OPTIONS)
+        assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and named in last, last
+        assert not any(note.startswith(("gpt2.py", "usage", "Traceback", " ")) for note in notes)
+        made = {path.name for path in shelf.rglob("*")} - before
+        assert made <= {"checkpoints", "metrics.jsonl"}  # where a run would have been
+
+    def test_no_option_is_offered_that_the_command_lacks(self, cli):
+        assert "--resume" not in cli("generate", "--resume").err.partition("arguments: --resume")[2]
+
+    @cases("given", [["--help"], ["train", "--help"], ["generate", "--help"]])
+    def test_help_breaks_no_word_at_a_hyphen(self, cli, monkeypatch, given):
+        for columns in range(40, 100):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            assert not re.search(r"\w-\n", cli(*given).out), columns
+
+    @cases("command", gpt2.COMMANDS)
     def test_help_shows_every_option_with_its_meaning_and_default(self, cli, monkeypatch, command):
         monkeypatch.setenv("COLUMNS", "300")
-        blocks = cli(command, "--help").out.split("\n  --")[1:]
-        shown = {re.match(r"\w+", block).group(): " ".join(block.split()) for block in blocks}
-        options = OPTIONS[command] | {key: gpt2.CONFIG[key] for key in KEYS[command]}
-        assert shown.keys() == options.keys()
-        for key, value in options.items():
-            assert re.fullmatch(rf"{key}.* [a-z]{{3}}.* \(default: {re.escape(str(value))}\)", shown[key])
-    def test_train_says_what_it_does_and_what_comes_next(self, cli, config, monkeypatch):
-        """With a clock by which each step lasts 50 seconds, and what it measures 7."""
-        seconds, ticks = itertools.count(9, 50), itertools.count(9, 7)
-        clock = SimpleNamespace(monotonic=lambda: next(seconds), perf_counter=lambda: next(ticks))
-        monkeypatch.setattr(gpt2, "time", clock)
-        result = cli("train", *words(config | {"max_steps": 5, "eval_every": 2}), "--out", "new/run")
-        rows = metrics_of(Path("new/run"))
-        assert (result.code, result.out, rows[0]["tokens_per_second"]) == (0, "", 6.9)  # of 48 targets
-        steps = [line for line in result.err.splitlines() if line.startswith("step ")]
-        for line, row, left in zip(steps, (rows[1], rows[3], rows[4]), ("2:30", "0:50", "0:00"), strict=True):
-            assert re.match(rf"step {row['step']}/5 .*{row['train_loss']:.3f}  validation .* {left} ", line)
-        said = "172 tokens to train on, 20 to validate", "403,008 parameters", "    I HAD always thought"
-        assert all(part in result.err for part in said)
-        assert "generate --model new/run/last.pt" in result.err.splitlines()[-1]
-        write("e.jsonl", '{"prompt": "one two three", "completion": " four"}\n' * 3)
-        assert cli("train", *words(config | {"data": "e.jsonl", "max_steps": 1}), "--out", "third").code == 0
-        assert cli("train", "--resume", "--max_steps", 2, "--out", "third").out.startswith("loss")  # as `eval` says it
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # Ctrl-C ends that at once
-        assert metrics_of(Path("third"))[0]["tokens_per_second"] == 1.1  # of 2 x 4 tokens, 4 of them targets
-        monkeypatch.setenv("RANK", "1")  # only the first process speaks and writes
-        result = cli("train", *words(config | {"max_steps": 1}), "--out", "second")
-        assert (result.code, result.err, Path("second").exists()) == (0, "", False)
-    def test_every_key_is_an_option_and_so_is_where_to_begin(self, cli, config, monkeypatch):
-        full = {"qkv_bias": False, "max_steps": 1, "seed": 5, "sample_prompt": "He said", "device": "cpu"}
-        full |= gpt2.CONFIG | config | full | {"precision": "fp32"}
-        assert cli("train", *words(full)).code == 0 and load("checkpoints/last.pt")["config"] == full
-        sizes = {key: SMALL[key] for key in SMALL if key != "dropout_rate"}
-        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", sizes)
-        given = words({key: value for key, value in config.items() if key not in TINY} | {"max_steps": 1})
-        for how in ("--model_size gpt2 --n_heads 4 --overwrite", "--resume --max_steps 2",
-                    "--init checkpoints/best.pt --overwrite"):
-            assert cli("train", *(given if "resume" not in how else ()), *how.split()).code == 0
-            assert read("checkpoints/last.pt").config == SMALL | {"n_heads": 4}
+        text = cli(command, "--help").out
+        blocks = [block.split("\n\n")[0] for block in text.split("\n  --")[1:]]
+        shown = {re.match(r"\w+", block)[0]: " ".join(block.split()) for block in blocks}
+        machine = "model seed device precision json "
+        keys = {
+            "train": "model_size init out resume auto_resume overwrite " + " ".join(gpt2.CONFIG),
+            "generate": machine + "max_tokens do_sample temperature top_k top_p num_samples stop "
+            "prompts instruct input only_new",
+            "eval": "model data stride all device precision json",
+        } | {"export": "model"}
+        assert sorted(shown) == sorted(keys.get(command, "").split()) and "(default: )" not in text
+        defaults = gpt2.CONFIG | {"max_tokens": 100, "temperature": 1.0, "num_samples": 1}
+        for key, line in shown.items():
+            assert len(line.partition("(default")[0].split()) > 2, line  # a meaning
+            default = defaults.get(key, "")
+            if default != "" and type(default) is not bool:
+                assert f"(default: {default}" in line, line
+        assert command != "train" or all(name in shown["model_size"] for name in gpt2.OPENAI_SIZES)
+
+    def test_alone_it_shows_examples_that_parse_and_with_version_its_version(self, cli):
+        result = cli()
+        lines = [line.split("   ") for line in result.out.splitlines() if "python gpt2.py" in line]
+        assert result.code == 0 and len(lines) >= 4
+        for line in lines:
+            example = next(part for part in line if part)
+            gpt2.parse(shlex.split(example)[2:])
+        assert cli("--version").out.split() == ["gpt2.py", gpt2.VERSION]
+
+    def test_train_says_what_it_does_before_during_and_after(self, cli, config, monkeypatch):
+        a_clock(monkeypatch, step=50)
+        given = config | {"max_steps": 5, "eval_every": 2}
+        result = cli("train", *words(given), "--out", "a run/it's")
+
+        rows = metrics_of(Path("a run/it's"))
+        lines = result.err.splitlines()
+        assert (result.code, result.out, rows[0]["tokens_per_second"]) == (0, "", 1.0)  # 48 targets
+        before = "\n".join(lines[: next(i for i, line in enumerate(lines) if "step" in line[:5])])
+        assert all(part in before for part in ("short.txt", "403,008 parameters", "cpu", "fp32"))
+        assert "0.0 GB" in before and "172 tokens" in before and "20 tokens" in before
+        steps = [line for line in lines if line.startswith("step ")]
+        time_left = ("", " 2:30 left", " 1:40 left", " 0:50 left", "")
+        for line, row, left in zip(steps, rows, time_left, strict=True):
+            assert f"step {row['step']}/5 " in line and f"loss {row['train_loss']:.3f} " in line
+            assert left in line
+        assert any(line.startswith("    I HAD always") for line in lines)  # as the text begins
+
+        lowest = min(rows, key=lambda row: row.get("val_loss", math.inf))
+        after = "\n".join(lines[lines.index(steps[-1]) :])
+        assert f"{lowest['val_loss']:.3f} after step {lowest['step']}" in after and "4:10" in after
+        assert all(name in after for name in ("best.pt", "last.pt", "loss.png", "metrics.jsonl"))
+        assert cli(*pasted(result, "generate"), "--max_tokens", 3).code == 0
+        assert pasted(result, "generate")[-1] == "a run/it's/best.pt"
+
+    def test_the_command_at_the_end_works_in_a_shell(self, cli, config, tmp_path):
+        result = cli("train", *words(config | {"max_steps": 1}), "--out", "a b")
+        (tmp_path / "gpt2.py").symlink_to(HERE / "gpt2.py")
+        done = in_shell(result.err.splitlines()[-1].partition("next")[2], tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("I HAD"), done.stderr
+
+    @cases("seconds, shown", [(59.6, "1:00"), (9, "0:09"), (725, "12:05"), (3599.7, "1 h 00 min")])
+    def test_times_are_those_of_a_clock(self, seconds, shown):
+        assert gpt2.duration(seconds) == shown
+        assert gpt2.duration(400_599 * 60) == "278 days"
+
+    @cases("seconds, warned", [(40_000, []), (50_000, ["27 h 46 min"])])
+    def test_a_run_of_more_than_a_day_is_warned_of_after_ten_steps(
+        self, cli, config, monkeypatch, seconds, warned
+    ):
+        a_clock(monkeypatch, step=seconds)
+        notes = cli("train", *words(config | {"max_steps": 12})).err.splitlines()
+        assert [
+            re.search(r"\d+ h \d+ min", note)[0] for note in notes if "--epochs" in note
+        ] == warned
+
+    @cases("between", ["_", "-"])
+    def test_every_key_is_an_option_with_dashes_too(self, cli, config, between):
+        full = gpt2.CONFIG | config | {"max_steps": 1, "seed": 5, "sample_prompt": "He-said"}
+        full |= {"qkv_bias": False, "device": "cpu", "patience": 7, "schedule_steps": 9}
+        given = [word.partition("=") for word in words(full)]
+        given = [name.replace("_", between) + "".join(rest) for name, *rest in given]
+        assert cli("train", *given).code == 0
+        assert load("checkpoints/last.pt")["config"] == full
+
+    def test_files_without_an_option_are_the_data(self, at_shelf, config, tmp_path):
+        given = words(config | {"max_steps": 1, "val_fraction": 0.1, "data": "good.txt"})
+        given = [word for word in given if not word.startswith("--data=")]
+        assert at_shelf("train", "good.txt", "short.txt", *given, "--out", tmp_path).code == 0
+        assert load(tmp_path / "last.pt")["config"]["data"] == "good.txt,short.txt"
+        given = ["--model", "good.pt", "--json"]
+        texts = (
+            at_shelf("eval", "short.txt", *given),
+            at_shelf("eval", *given, "--data", "short.txt"),
+        )
+        assert texts[0].out == texts[1].out != ""
+
+    def test_a_model_size_sets_size_and_rate_and_what_is_given_wins(self, cli, config, monkeypatch):
+        small = {key: SMALL[key] for key in SMALL if key not in ("dropout_rate", "qkv_bias")}
+        medium = gpt2.OPENAI_SIZES["gpt2-medium"] | small
+        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2-medium", medium)
+        rest = {key: config[key] for key in config.keys() - TINY.keys() - {"learning_rate"}}
+        expected = gpt2.CONFIG | rest | small | {"learning_rate": 3e-4, "min_learning_rate": 3e-5}
+        for given in ({}, {"n_heads": 4, "learning_rate": 0.5}):
+            line = words(rest | {"max_steps": 1} | given)
+            assert cli("train", *line, "--model_size=gpt2-medium", "--overwrite").code == 0
+            saved = load("checkpoints/last.pt")["config"]
+            assert saved == approx(expected | {"max_steps": 1} | given)
+
+    def test_init_takes_each_kind_of_model_and_trains_it_gently(self, cli, config, whole):
+        rest = {key: config[key] for key in ("data", "batch_size", "precision")} | {"max_steps": 1}
+        assert cli("export", "exported", "--model", whole).code == 0
+        for init in (whole / "best.pt", whole, "exported"):
+            assert cli("train", "--init", init, *words(rest), "--overwrite").code == 0
+            saved = load("checkpoints/last.pt")
+            gentle = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}
+            assert saved["config"].items() >= gentle.items()
+            name = "token_embedding.weight"
+            moved = load(whole / "best.pt")["model"][name] - saved["model"][name]
+            assert 0 < moved.abs().max() < 1e-3
+
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
-    def test_a_signal_within_a_step_saves_it_and_says_how_to_go_on(self, cli, config, whole, name, status):
+    def test_a_signal_within_a_step_saves_it_and_says_how_to_go_on(
+        self, cli, config, whole, monkeypatch, name, status
+    ):
         number = getattr(signal, name)
         strike = at_call(3, lambda: signal.raise_signal(number), gpt2.learning_rate_at)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gpt2, "learning_rate_at", strike)
-            result = cli("train", *words(config | {"checkpoint_every": 99, "eval_every": 99}), "--out=run")
-        assert result.code == status and "train --resume --out run" in result.err.splitlines()[-1]
-        assert "finishing this step" in result.err
+        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        given = config | {"checkpoint_every": 99, "eval_every": 99}
+        result = cli("train", *words(given), "--out", "the run")
+        assert result.code == status and "once more" in result.err
         assert signal.getsignal(number) == signal.SIG_DFL  # a second one would not wait
-        assert sorted(os.listdir("run")) == ["last.pt", "loss.png", "metrics.jsonl"]
-        assert len(metrics_of(Path("run"))) == load("run/last.pt")["step"] == 3
-        assert cli("train", "--resume", "--eval_every", 2, "--out", "run").code == 0
-        assert same(load("run/last.pt")["model"], load(whole / "last.pt")["model"])
-    def test_what_a_machine_lacks_is_one_line_and_a_bug_is_not(self, cli, monkeypatch):
-        errors = {MemoryError(): "batch_size", RuntimeError("CUDA out of memory"): "batch_size",
-                  OSError("disk\non fire"): "disk on fire", FloatingPointError("no number"): "no number"}
-        for error, cause in errors.items():
-            monkeypatch.setattr(gpt2, "load_data", fail(error))
-            result = cli("train")
-            assert result.code == 2 and re.search(f"error: .*{cause}", result.err.splitlines()[-1])
-        monkeypatch.setattr(gpt2, "load_data", fail(KeyboardInterrupt()))
-        assert cli("train").code == 130 and not Path("checkpoints").exists()
-        monkeypatch.setattr(gpt2, "load_data", fail(RuntimeError("shape")))
-        refused("shape", lambda: cli("train"), RuntimeError)
-    def test_generate_continues_the_prompt_and_ends_at_the_end_of_text(self, at_shelf, tokenizer, tmp_path):
-        def text(*options, model="good.pt"):
-            result = at_shelf("generate", *options, "--model", model)
-            assert (result.code, result.err) == (0, "")
+        folder = Path("the run")
+        assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
+        assert len(metrics_of(folder)) == load(folder / "last.pt")["step"] == 3
+
+        result = cli(*pasted(result, "train"), "--eval_every", 2)
+        assert result.code == 0 and "after step 3" in result.err
+        assert same(load(folder / "last.pt")["model"], load(whole / "last.pt")["model"])
+
+    def test_a_signal_in_the_very_last_step_ends_a_finished_run(self, cli, config, monkeypatch):
+        strike = at_call(3, lambda: signal.raise_signal(signal.SIGTERM), gpt2.learning_rate_at)
+        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        result = cli("train", *words(config | {"max_steps": 3}))
+        assert result.code == 0 and load("checkpoints/last.pt")["step"] == 3
+        assert "--resume" not in result.err and pasted(result, "generate")
+
+    def test_torchrun_goes_on_with_torchrun_and_ends_with_one_process(
+        self, cli, config, monkeypatch
+    ):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        strike = at_call(2, lambda: signal.raise_signal(signal.SIGINT), gpt2.learning_rate_at)
+        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        last = cli("train", *words(config)).err.splitlines()[-1]
+        assert "torchrun --standalone --nproc_per_node=2 gpt2.py train --resume" in last
+        assert pasted(cli("train", "--resume", "--max_steps", 3), "generate")
+
+    def test_auto_resume_begins_a_run_and_goes_on_with_one(self, cli, config, whole):
+        first = cli("train", *words(config | {"max_steps": 3}), "--auto_resume")
+        assert first.code == 0 and load("checkpoints/last.pt")["step"] == 3
+        assert cli("train", "--max_steps", 0, "--auto_resume").code == 0
+        assert same(load("checkpoints/last.pt")["model"], load(whole / "last.pt")["model"])
+
+    def test_patience_stops_after_so_many_measurements_without_a_lower_one(self, cli, config):
+        still = config | {"eval_every": 1, "patience": 2, "learning_rate": 0.0}
+        result = cli("train", *words(still))
+        assert result.code == 0 and len(metrics_of(Path("checkpoints"))) == 3
+        assert pasted(result, "generate")
+
+    def test_a_fine_tuning_run_ends_with_what_eval_says_of_the_part_held_back(
+        self, cli, config, examples
+    ):
+        given = config | {"data": str(examples), "val_fraction": 0.2, "max_steps": 2}
+        result = cli("train", *words(given), "--out", "run")
+        table = dict(line.split() for line in result.out.splitlines())
+        assert result.code == 0 and float(table["accuracy"]) in (0, 0.3333, 0.6667, 1)
+        assert int(table["tokens"]) < 15  # of three examples
+        assert cli("eval", "--model", "run", "--data", examples).out == result.out
+        asked = json.loads(cli(*pasted(result, "generate"), "--max_tokens", 1, "--json").out)
+        assert asked["prompt"] == "good 0"
+
+    @long_test
+    def test_the_fine_tuning_recipes_of_the_readme_learn_what_they_say(self, tmp_path):
+        text = (HERE / "README.md").read_text("utf-8")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        (tmp_path / "gpt2.py").symlink_to(HERE / "gpt2.py")
+        for data, learnt in (("spam.jsonl", " -> spam\n"), ("tell.json", "Edith Wharton\n")):
+            (recipe,) = (block for block in blocks if data in block and "generate" in block)
+            done = in_shell(recipe, tmp_path)
+            assert done.returncode == 0 and done.stdout.endswith(learnt), done.stderr
+            assert "1.0000" in re.search("accuracy.*|$", done.stdout)[0] or data == "tell.json"
+
+    def test_generate_continues_the_prompt_as_the_model_does(self, at_shelf, tokenizer):
+        def text(*given):
+            result = at_shelf("generate", *given, "--model", "good.pt", "--max_tokens", 12)
+            assert result.code == 0 and "12 tokens" in result.err and "tokens/s" in result.err
             return result.out
-        new = gpt2.generate(read("good.pt"), gpt2.text_to_token_ids("Once upon", tokenizer), 12, eos_id=END)
-        assert text("Once upon", "--max_tokens", 12) == gpt2.token_ids_to_text(new, tokenizer) + "\n"
-        assert text().startswith("I HAD always thought")
-        new = gpt2.generate(read("good.pt"), torch.tensor([[END]]), 5, eos_id=END)[:, 1:]
-        assert text("", "--max_tokens", 5) == gpt2.token_ids_to_text(new, tokenizer) + "\n"  # a text begins
-        path = speaking(tmp_path / "a.pt", [*tokenizer.encode(" and so."), END, *tokenizer.encode(" More")])
-        assert text("Once", model=path) == "Once and so.\n"
-        asked = tokenizer.encode(gpt2.instruction_prompt("Is it?"))  # its answer alone is printed
-        speaking(path, tokenizer.encode("Yes.") + [END], after=len(asked))
-        assert text("Is it?", "--instruct", model=path) == "Yes.\n"
+
+        def expected(prompt):
+            ids = gpt2.generate(read("good.pt"), gpt2.text_to_token_ids(prompt, tokenizer), 12)
+            return gpt2.token_ids_to_text(ids, tokenizer) + "\n"
+
+        assert text("Once upon") == text("Once", "upon") == expected("Once upon")
+        assert text() == expected("I HAD always thought")
+        assert text("One<|endoftext|>Two") == expected("One<|endoftext|>Two")
+        assert text("") == expected("<|endoftext|>").removeprefix("<|endoftext|>")
+
+    def test_generate_ends_at_the_end_of_text(self, say):
+        assert say([" and so.", "<|endoftext|>", " More"], "Once") == "Once and so.\n"
+        assert say([" and so."], "Once", "--max_tokens", 2) == "Once and so\n"
+
+    @cases("given", [[], ["-"]])
+    def test_a_prompt_from_a_pipe_keeps_its_blanks(self, at_shelf, monkeypatch, tmp_path, given):
+        common = ["--model", "good.pt", "--max_tokens", 3, "--json"]
+        framed = "### Response:\n"
+        for sent, asked in (("  Once\nup \n", "  Once\nup "), (framed, framed), ("a\n\n", "a\n")):
+            path = write(tmp_path / "sent.txt", sent)
+            monkeypatch.setattr(sys, "stdin", path.open())
+            rows = [at_shelf("generate", *words, *common).out for words in (given, [asked])]
+            piped, typed = map(json.loads, rows)
+            assert (piped["prompt"], piped["text"]) == (asked, typed["text"])
+            sys.stdin.close()
+
+    @cases("pipe", [False, True])
+    def test_prompts_are_lines_or_json_objects_of_a_file(self, say, monkeypatch, pipe):
+        write("asked.txt", 'Once\n\n{"prompt": "Say"}\r\n{"prompt": "<|endoftext|>"}\n Thrice\r\n')
+        with open("asked.txt", encoding="utf-8", newline="") as sent:
+            monkeypatch.setattr(sys, "stdin", sent)
+            given = ["--prompts", "-" if pipe else "asked.txt", "--json", "--stop", "."]
+            lines = say([" and so", "."], *given).splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["prompt"] for row in rows] == ["Once", "Say", "<|endoftext|>", " Thrice"]
+        assert [row["text"] for row in rows[:3]] == [" and so"] * 3
+
+    def test_json_is_an_object_for_each_sample(self, say):
+        pieces = [" and", " so", "<|endoftext|>"]
+        asked = [["--max_tokens", 2], ["--stop", "o"], []]
+        expected = [(" and so", 2, "length"), (" and s", 2, "stop"), (" and so", 2, "end")]
+        for given, (text, tokens, ended) in zip(asked, expected, strict=True):
+            lines = say(pieces, "Once", "--json", "--num_samples", 2, *given).splitlines()
+            for row in map(json.loads, lines):
+                assert list(row) == ["prompt", "text", "tokens", "seconds", "ended"]
+                assert (row["prompt"], row["text"]) == ("Once", text) and 0 < row["seconds"] < 60
+                assert (row["tokens"], row["ended"]) == (tokens, ended)
+            assert len(lines) == 2
+
+    @cases("samples", [1, 2])
+    @cases(
+        "stops, text",
+        [
+            *((["orl"], " Hello w"), (["orld", "wo"], " Hello "), ([" "], "")),  # within a token
+            *((["again", "lo wo"], " Hel"), (["lo wo", "again"], " Hel")),  # the first in the text
+            (["again!"], " Hello world again"),  # begins, but does not come
+        ],
+    )
+    def test_a_stop_text_ends_before_it(self, say, stops, text, samples):
+        given = [f"--stop={stop}" for stop in stops] + ["--num_samples", samples]
+        said = say([" Hello", " world", " again", "<|endoftext|>"], "Say", *given)
+        assert re.sub("--- sample . of 2 ---\n", "", said) == f"Say{text}\n" * samples
+
+    def test_only_new_leaves_the_prompt_out(self, say):
+        assert say([" Hello", "<|endoftext|>"], "Say", "--only_new") == " Hello\n"
+        several = say([" Hello", "<|endoftext|>"], "Say", "--only_new", "--num_samples", 2)
+        assert "Say" not in several and several.count(" Hello") == 2
+
+    @cases("given", [[], ["--input", "Tea or coffee?"]])
+    def test_an_instruction_is_framed_and_only_the_response_printed(self, say, tokenizer, given):
+        frame = gpt2.instruction_prompt("Choose.", *given[1:])
+        assert ("### Input:\nTea or coffee?\n" in frame) == bool(given)
+        after = len(tokenizer.encode(frame))  # the model says it after so many tokens only
+        said = say(["Tea", ".", "<|endoftext|>"], "Choose.", "--instruct", *given, after=after)
+        assert said == "Tea.\n"
+
+    def test_samples_are_computed_together(self, at_shelf, monkeypatch):
+        sizes, real = [], gpt2.GPT2.forward
+
+        def forward(model, idx, *rest, **named):
+            sizes.append(len(idx))
+            return real(model, idx, *rest, **named)
+
+        monkeypatch.setattr(gpt2.GPT2, "forward", forward)
+        given = ["--num_samples", 3, "--do_sample", "--max_tokens", 5, "--json"]
+        rows = at_shelf("generate", "Once", "--model", "good.pt", *given).out.splitlines()
+        assert sizes == [3] * 5 and len({json.loads(row)["text"] for row in rows}) == 3
+
+    def test_a_drawn_seed_is_said_and_gives_the_text_again(self, at_shelf):
+        common = ["generate", "Once", "--model", "good.pt", "--max_tokens", 9, "--do_sample"]
+        results = [at_shelf(*common) for _ in range(3)]
+        assert len({result.out for result in results}) == 3
+        for result in results:
+            (line,) = (line for line in result.err.splitlines() if line.startswith("seed"))
+            again = at_shelf(*common, "--seed", line.split()[-1])
+            assert again.out == result.out
+        assert "seed" not in at_shelf(*common, "--temperature", 0).err
+
+    def test_a_sampling_option_implies_drawing(self, at_shelf):
+        def text(options):
+            common = ["Once", "--model", "good.pt", "--max_tokens", 9, "--seed", 3]
+            return at_shelf("generate", *common, *options.split()).out
+
+        greedy, drawn = text(""), text("--do_sample")
+        for options in ("--temperature 1", "--top_k 60000", "--top_p 1"):
+            assert text(options) == drawn != greedy
+        for options in ("--temperature 0", "--top_k 1", "--top_p 1e-9", "--do_sample --top-k 1"):
+            assert text(options) == greedy
+
+    def test_what_a_person_may_not_expect_is_noted(self, at_shelf):
+        def notes(*given):
+            result = at_shelf("generate", *given, "--model", "good.pt", "--max_tokens", 1)
+            assert result.code == 0
+            noted = ("of 9 tokens", "the prompt ends", "--do_sample")  # of which only 8 are seen, …
+            return [text for text in noted if text in result.err]
+
+        assert notes(" one" * 8) == notes("Once", "--num_samples", 2, "--do_sample") == []
+        assert notes(" one" * 9) == ["of 9 tokens"]
+        assert notes("Once ") == ["the prompt ends"]
+        assert notes("Once", "--num_samples", 2) == ["--do_sample"]
+
     def test_a_character_of_several_tokens_is_printed_whole_and_at_once(self, cli, tokenizer):
         text = " A🙂é漢字B"
         speaking("says.pt", [*tokenizer.encode(text), END])
-        speaking("half.pt", [tokenizer.encode("🙂")[0], END])
-        assert cli("generate", "Say", "--model", "half.pt").out == "Say\ufffd\n"
         said = []
-        screen = SimpleNamespace(write=said.append, flush=lambda: said.append("flush"), isatty=bool)
+        screen = SimpleNamespace(write=said.append, flush=lambda: said.append("now"), isatty=bool)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", screen)
             assert gpt2.main(["generate", "Say", "--model", "says.pt"]) == 0
-        assert "".join(said).replace("flush", "") == f"Say{text}\n"
-        assert {"🙂", "漢", "B"} <= set(said) and said.count("flush") > len(text)
-    def test_control_characters_never_reach_a_terminal(self, cli, tokenizer):
-        said = tokenizer.encode("\x1b[2J\tx\n\x07")
-        speaking("beeps.pt", [*said, END], after=len(tokenizer.encode("\x9bp")))
-        assert cli("generate", "\x9bp", "--model", "beeps.pt").out == "\x9bp\x1b[2J\tx\n\x07\n"
-        assert "\x1b" not in cli("generate", "--model", "\x1b[2J").err  # nor by an error
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stdout", Terminal())
-            assert gpt2.main(["generate", "\x9bp", "--model", "beeps.pt"]) == 0
-            assert sys.stdout.getvalue() == "\\x9bp\\x1b[2J\tx\n\\x07\n"
-        assert gpt2.printable("".join(map(chr, range(256)))).count("\\x") == 32 - 2 + 33
-    def test_live_lines_are_for_terminals_and_fit_them(self, monkeypatch):
-        monkeypatch.setattr(os, "get_terminal_size", {2: os.terminal_size((20, 24))}.get)  # of standard error
-        gpt2.log.addHandler(gpt2.Notes())
-        gpt2.log.setLevel(logging.INFO)
-        shown = "\r\x1b[K" + "x" * 19 + "\r\x1b[K" + "y" * 30 + "\n"
-        for screen, expected in ((Terminal(), shown), (io.StringIO(), "y" * 30 + "\n")):
-            monkeypatch.setattr(sys, "stderr", screen)
-            gpt2.log.info("x" * 30, extra={"live": True})
-            gpt2.log.info("y" * 30)
-            assert screen.getvalue() == expected
-        screen.write = fail(OSError("full"))
-        gpt2.log.info("a note that nobody can read stops nothing")
-    def test_a_sampling_option_implies_drawing_and_one_text_is_the_first_of_several(self, at_shelf):
-        def text(options):
-            return at_shelf("generate", "Once", "--model=good.pt", "--max_tokens=9", *options.split()).out
-        greedy, drawn = text(""), text("--do_sample")
-        for options in ("--temperature 1", "--top_k 60000", "--top_p 1", "--top_k 0"):
-            assert text(options) == drawn != greedy
-        for options in ("--temperature 0", "--top_k 1", "--top_p 1e-9"):
-            assert text(options) == greedy
-        parts = re.split(r"--- sample (\d) of 3 ---\n", text("--do_sample --num_samples 3"))
-        assert parts[:2] == ["", "1"] and parts[3::2] == ["2", "3"] and len(set(parts[2::2])) == 3
-        assert parts[2] == drawn and text("--do_sample --seed 43") == parts[4]
-    def test_a_long_prompt_is_noted(self, at_shelf):
-        for prompt, noted in ((" one" * 9, True), (" one" * 8, False)):
-            result = at_shelf("generate", prompt, "--model", "good.pt", "--max_tokens", 1)
-            assert result.code == 0 and bool(re.search("9 tokens.* 8 ", result.err)) == noted
-    def test_a_prompt_from_standard_input_and_a_closed_pipe_end_quietly(self, at_shelf, monkeypatch):
-        """The one real process: `echo Once | python gpt2.py generate - ... | head -c 1`."""
-        options = ["--model", "good.pt", "--max_tokens", 5]
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Once\nupön\n"))  # as echo sends it
-        assert at_shelf("generate", "-", *options).out == at_shelf("generate", "Once\nupön", *options).out
-        assert at_shelf("generate", "Once", "upon", *options).out == at_shelf("generate", "Once upon", *options).out
-        with start("generate", "-", "--model", "good.pt", "--max_tokens", 10**6) as process:
-            process.stdin.write("Once\n")
-            process.stdin.close()
-            assert process.stdout.read(1) == "O"
-            process.stdout.close()
-            assert process.stderr.read() == "" and process.wait() == 141
-    @cases("has", [False, bool(torch.cpu.get_capabilities().get("avx512_bf16"))])
-    def test_precision_says_in_what_numbers_a_model_computes(self, at_shelf, config, monkeypatch, has):
-        def pack(model, real=gpt2.pack_matrices):
-            real(model)
-            packed.append([part.weight.data.zero_() for part in model.modules() if isinstance(part, nn.Linear)])
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has})  # auto is fp32 even so
-        monkeypatch.setattr(gpt2, "pack_matrices", pack)
-        losses, packed = [], []
-        for name in ("auto", "fp32", "bf16", "fp16"):
-            options = ["--model=good.pt", "--data", config["data"], "--json", "--precision", name]
-            losses.append(json.loads(at_shelf("eval", *options).out)["loss"])
-        assert losses[0] == losses[1] and losses == approx([losses[0]] * 4, rel=0.02) and len({*losses}) == 3
-        assert len(packed) == has  # bf16 alone, and then only packed copies are used
-    def test_eval_reports_loss_perplexity_and_bits_of_each_token_once(self, at_shelf, tmp_path, tokenizer):
-        text = VERDICT[:300] + "<|endoftext|>Ünïcode 🙂 counts in bytes."
+        assert "".join(said).replace("now", "") == f"Say{text}\n"
+        said = [text for text in said if text]
+        assert all(said[said.index(whole) + 1] == "now" for whole in ("🙂", "漢", "B"))
+
+    def test_control_characters_never_reach_a_terminal(self, cli, tokenizer, monkeypatch):
+        tokens = [*tokenizer.encode("\x1b[2J\tx\n\x07"), END]
+        speaking("beeps.pt", tokens, after=len(tokenizer.encode("\x9bp")))
+        asked = ["generate", "\x9bp", "--model", "beeps.pt"]
+        assert cli(*asked).out == "\x9bp\x1b[2J\tx\n\x07\n"  # a file gets what was said
+        for given in (("generate", "--model", "\x1b[2J"), ("train", "--\x1b[2J"), ("\x1b[2J",)):
+            assert "\x1b" not in cli(*given).err
+        for samples in (1, 2):
+            monkeypatch.setattr(sys, "stdout", Terminal())
+            assert gpt2.main([*asked, f"--num_samples={samples}"]) == 0
+            assert sys.stdout.getvalue().count("\\x9bp\\x1b[2J\tx\n\\x07\n") == samples
+            assert "\x1b" not in sys.stdout.getvalue()
+
+    def test_live_lines_fit_a_terminal_and_are_wiped_before_results(self, at_shelf, monkeypatch):
+        sizes = {1: os.terminal_size((80, 24)), 2: os.terminal_size((20, 24))}
+        monkeypatch.setattr(os, "get_terminal_size", sizes.__getitem__)
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        at_shelf("eval", "--model", "good.pt", "--data", "good.txt")
+        before, *shown, rest = sys.stderr.getvalue().split("\r\x1b[K")
+        live = [line for line in shown if not line.endswith("\n")]  # which notes do
+        assert before == rest == "" and len(live) > 1
+        assert all(0 < len(line) < 20 for line in live)
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        at_shelf("generate", "a", "--model", "good.pt", "--num_samples", 2, "--max_tokens", 4)
+        assert re.search(r"\b4\b[^\r\n]*\r\x1b\[K8 tokens in", sys.stderr.getvalue())
+
+    def test_elsewhere_a_long_step_prints_plain_lines(self, at_shelf, monkeypatch):
+        a_clock(monkeypatch, tick=20)  # seconds from one look at it to the next
+        monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+        assert at_shelf("eval", "--model", "good.pt", "--data", HERE / "the-verdict.txt").code == 0
+        assert "\r" not in log.getvalue() and "\x1b" not in log.getvalue()
+        assert 2 <= log.getvalue().count("measuring") < 20
+
+    def test_nobody_listens_and_the_run_goes_on(self, cli, config, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", screen := Terminal())
+        monkeypatch.setattr(screen, "write", raising(OSError("full")), raising=False)
+        assert gpt2.main(["train", *words(config | {"max_steps": 1})]) == 0
+
+    def test_eval_of_a_text_scores_each_token_once(self, at_shelf, tokenizer, tmp_path):
+        text = VERDICT[:300] + "\n<|endoftext|>Ünïcode 🙂 counts in bytes."
         path = write(tmp_path / "text.txt", text)
         ids = tokenizer.encode(text, allowed_special="all")
-        n_bytes = len(text.replace("<|endoftext|>", "").encode()) - len(tokenizer.decode(ids[:1]))
+        rest = text.replace("<|endoftext|>", "").removeprefix(tokenizer.decode(ids[:1]))
+        count, dataset = len(ids) - 1, gpt2.TextDataset(ids, 8)
         for given, stride in (([], 4), (["--stride", 1], 1), (["--stride", 8], 8)):
-            loss = gpt2.evaluate(read("good.pt"), gpt2.GPTDataset(ids, 8), stride=stride)
-            expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": len(ids) - 1,
-                        "bits_per_byte": loss * (len(ids) - 1) / math.log(2) / n_bytes}
-            options = ["eval", "--model", "good.pt", "--data", path, *given]
-            assert json.loads(at_shelf(*options, "--json").out) == approx(expected, rel=1e-6)
-            table = at_shelf(*options).out.split()
-            assert table[:2] == ["loss", f"{loss:.4f}"] and table[4:6] == ["tokens", str(len(ids) - 1)]
+            loss = gpt2.evaluate(read("good.pt"), gpt2.scoring_batches(dataset, stride))
+            expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": count}
+            expected["bits_per_byte"] = loss * count / math.log(2) / len(rest.encode())
+            expected["word_perplexity"] = math.exp(loss * count / len(rest.split()))
+            common = ["eval", "--model", "good.pt", "--data", path, *given]
+            assert json.loads(at_shelf(*common, "--json").out) == approx(expected, rel=1e-5)
+            table = [line.split() for line in at_shelf(*common).out.splitlines()]
+            assert [name for name, _ in table] == list(expected)
+            assert float(table[0][1]) == approx(loss, abs=1e-4)
+
+    def test_eval_of_examples_reports_what_their_kind_allows(self, at_shelf, tmp_path, tokenizer):
+        def report(*rows):
+            data = write_lines(tmp_path / "rows.jsonl", *rows)
+            return json.loads(at_shelf("eval", data, "--model", "good.pt", "--json").out)
+
+        basic = ["loss", "perplexity", "tokens", "bits_per_byte", "exact"]
+        plain = report(*({"prompt": f"{i} is", "completion": f" {i}"} for i in range(9)))
+        assert list(plain) == basic and (plain["tokens"], plain["exact"]) == (18, 0.0)
+        truth = [" yes", " yes", " no"] * 3
+        labelled = report(*({"prompt": f"{i}", "completion": truth[i]} for i in range(9)))
+        assert list(labelled) == [*basic, "accuracy", "majority"]
+        assert labelled["majority"] == approx(6 / 9)
+
+        asked = {"prompt": "Is", "choices": [" yes", " it is not so"]}
+        chosen = report(asked | {"answer": 0}, asked | {"answer": 0}, asked | {"answer": 1})
+        assert list(chosen) == [*basic, "accuracy", "accuracy_normalised"]
+        sums, means = [], []
+        for choice in asked["choices"]:
+            ids = torch.tensor([tokenizer.encode(f"Is{choice}")])  # "Is" is one token
+            shares = read("good.pt")(ids[:, :-1])[0].log_softmax(dim=-1)
+            losses = -shares.gather(1, ids[0, 1:, None])
+            sums, means = [*sums, losses.sum()], [*means, losses.mean()]
+        right = [2 / 3 if a < b else 1 / 3 for a, b in (sums, means)]
+        assert [chosen["accuracy"], chosen["accuracy_normalised"]] == approx(right)
+
     def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config, whole):
-        def report(data, *options):
-            result = cli("eval", "--model", whole / "last.pt", "--json", "--data", data, *options)
-            assert ("held back" in result.err) == ("--all" not in options and str(data) != "other.txt")
+        def report(data, *given):
+            result = cli("eval", "--model", whole / "last.pt", "--json", "--data", data, *given)
+            assert ("held back" in result.err) == ("--all" not in given and data != "other.txt")
             return json.loads(result.out)
-        n_train, n_val = (len(part.token_ids) for part in gpt2.load_data(gpt2.CONFIG | config))
-        copy = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # known by its bytes
-        assert (copy["loss"], copy["tokens"]) == approx((metrics_of(whole)[-1]["val_loss"], n_val - 1), rel=1e-5)
-        assert report(config["data"], "--all")["tokens"] == n_train + n_val - 1
-        assert report(write("other.txt", VERDICT[:800]))["tokens"] > n_train
-    def test_eval_of_examples_reports_accuracy_over_2_to_50_labels(self, at_shelf, tmp_path):
-        model, losses, reports = read("good.pt"), [], []
-        for label in (" 0", " 1"):
-            pairs = gpt2.CompletionDataset([(f"{i} is", label) for i in range(51)], 8)
-            losses.append([gpt2.summed_loss(model(x[None]), y[None]).item() for x, y in pairs])
-        model.final_norm.weight.data.mul_(1e5)  # its perplexity has an upper end
-        save_model(model, tmp_path / "loud.pt")
-        for n, path in ((1, "good.pt"), (50, "good.pt"), (51, tmp_path / "loud.pt"), (2, "good.pt")):
-            rows = [{"prompt": f"{i} is", "completion": f" {i % n}"} for i in range(51)]
-            data = write_lines(tmp_path / "a.jsonl", *rows)
-            reports.append(json.loads(at_shelf("eval", "--model", path, "--data", data, "--json").out))
-        assert ["accuracy" in report for report in reports] == [False, True, False, True]
-        total = sum(losses[i % 2][i] for i in range(51))
-        right = sum(losses[i % 2][i] < losses[1 - i % 2][i] for i in range(51)) / 51
-        expected = [total / 102, math.exp(total / 102), 102, total / math.log(2) / 102, right]
-        assert list(reports[-1].values()) == approx(expected) and 0 < right < 1
-        assert reports[2]["perplexity"] == math.exp(700)
+
+        held_back = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # by its bytes
+        assert held_back["tokens"] == 19
+        assert held_back["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
+        assert report(config["data"], "--all")["tokens"] == 191
+        assert report(write("other.txt", VERDICT[:800]))["tokens"] > 172
+
+    def test_eval_and_generate_take_folders_as_models(self, cli, config, whole):
+        def report(model):
+            result = cli("eval", "--all", "--model", model, "--json", "--data", config["data"])
+            text = cli("generate", "--model", model, "--max_tokens", 5).out
+            return json.loads(result.out), text
+
+        best = report(whole / "best.pt")
+        result = cli("export", "new/folder", "--model", whole)
+        assert (result.code, result.out) == (0, "") and re.search(r"\b8 tokens", result.err)
+        assert report(whole) == best
+        exported = report("new/folder")
+        assert (exported[0], exported[1]) == (approx(best[0], rel=1e-6), best[1])
+        shutil.copytree(whole / "1", "unmeasured", ignore=shutil.ignore_patterns("best.pt"))
+        assert report("unmeasured") == report("unmeasured/last.pt") != best
+
+    def test_precision_says_in_what_numbers_a_model_computes(self, cli, config, monkeypatch):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+        save_model(lively(SMALL | {"emb_dim": 32}, scale=0.6), "loud.pt")
+        losses = []
+        for name in ("auto", "fp32", "bf16", "fp16", "int8"):
+            given = ["--model", "loud.pt", "--data", config["data"], "--precision", name, "--json"]
+            losses.append(json.loads(cli("eval", *given).out)["loss"])
+        assert losses[0] == losses[1] > 1.2 * math.log(50257)  # far from guessing
+        assert losses == approx([losses[0]] * 5, rel=0.01) and len({*losses}) == 4
+
+    def test_tokenize_writes_tokens_that_train_and_eval_read(self, cli, config, tokenizer):
+        a, b = write("a.txt", VERDICT[:500]), write("b.txt", "Ünïcode 🙂.")
+        assert cli("tokenize", a, b, "out.bin").code == 0
+        ids = tokenizer.encode(f"{VERDICT[:500]}<|endoftext|>Ünïcode 🙂.", allowed_special="all")
+        assert Path("out.bin").read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids)
+        given = words(config | {"data": "out.bin", "max_steps": 1})
+        assert cli("train", *given).code == 0
+        reports = [
+            cli("eval", "--all", "--json", "--data", *data).out for data in ((a, b), ["out.bin"])
+        ]
+        assert reports[0] == reports[1] and json.loads(reports[0])["tokens"] == len(ids) - 1
+
+    def test_info_says_what_a_model_is(self, cli, config, whole):
+        best = load(whole / "best.pt")
+        said = dict(line.split(maxsplit=1) for line in cli("info", whole).out.splitlines())
+        assert said["model"] == str(whole / "best.pt") and said["parameters"] == "403,008"
+        assert all(said[key] == str(config[key]) for key in TINY)
+        assert (said["step"], said["data"]) == (str(best["step"]), config["data"])
+        assert f"{best['best_val_loss']:.4f}" in said["lowest"] and said["version"] == gpt2.VERSION
+        assert "1,557,611,200" in cli("info", "gpt2-xl").out
+
+    @cases("given, first", [(["generate", "--max_tokens", 10**6], "O"), (["eval"], "")])
+    def test_a_closed_pipe_ends_quietly_with_status_141(self, shelf, monkeypatch, given, first):
+        """`echo Once | python gpt2.py generate … | head -c 1`, and `eval … | true`."""
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        with start(*given, "--model", shelf / "good.pt") as process:
+            process.stdin.write("Once\n")
+            process.stdin.close()
+            assert process.stdout.read(len(first)) == first  # at once
+            process.stdout.close()
+            assert not re.search("Traceback|rror", process.stderr.read())
+        assert process.returncode == 141
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+    def test_a_full_disk_is_one_line_and_status_2(self, shelf, monkeypatch):
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        given = ["eval", shelf / "good.txt", "--model", shelf / "good.pt"]
+        with open("/dev/full", "w") as full, start(*given, stdout=full) as process:
+            *notes, last = process.stderr.read().splitlines()
+        assert (
+            process.returncode == 2 and last.startswith("gpt2.py eval: error: ") and "space" in last
+        )
+        assert all(note.startswith(("data", "measuring", "tokenising")) for note in notes)
+
+    @cases("text", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory"])
+    def test_out_of_memory_is_one_line_with_advice(self, cli, monkeypatch, text):
+        for error in (RuntimeError(text), MemoryError()):
+            monkeypatch.setattr(gpt2, "load_data", raising(error))
+            result = cli("train")
+            assert result.code == 2 and "batch_size" in result.err.splitlines()[-1]
+
+    @cases("bug", [RuntimeError("shape"), TypeError("a"), RuntimeError("no such memory format")])
+    def test_a_bug_stays_a_traceback(self, cli, monkeypatch, bug):
+        monkeypatch.setattr(gpt2, "load_data", raising(bug))
+        with pytest.raises(type(bug)):
+            cli("train")
+
+    def test_ctrl_c_before_the_first_step_ends_without_a_traceback(self, cli, monkeypatch):
+        monkeypatch.setattr(gpt2, "load_data", raising(KeyboardInterrupt()))
+        result = cli("train")
+        assert result.code == 130 and "Traceback" not in result.err
+
     @long_test
-    def test_on_a_real_terminal_control_characters_are_written_out(self, tmp_path, tokenizer):
-        pty = pytest.importorskip("pty")
-        path = speaking(tmp_path / "beeps.pt", tokenizer.encode("\x1b[2J\x07") + [END])
-        ours, theirs = pty.openpty()
-        with start("generate", "p", "--model", path, stdout=theirs, stderr=theirs) as process:
-            assert process.wait() == 0
-        assert os.read(ours, 1000).decode().replace("\r\n", "\n") == "p\\x1b[2J\\x07\n"  # by now all is there
-        os.close(theirs)
-        os.close(ours)
+    def test_out_of_memory_is_warned_of_and_one_line(self, tmp_path):
+        resource = pytest.importorskip("resource")
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+
+        given = ["train", "--emb_dim", 100_000, "--out", tmp_path]
+        with start(*given, preexec_fn=limit) as process:
+            notes = process.stderr.read().splitlines()
+        assert process.returncode == 2 and "emb_dim" in notes[-1] and "memory" in notes[-1]
+        assert any("free" in note and "--emb_dim" in note for note in notes[:-1])
+
+    @long_test
+    def test_compile_without_a_compiler_is_one_line(self, config, tmp_path):
+        environment = os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        given = [*words(config | {"compile": True, "max_steps": 1}), "--out", tmp_path / "run"]
+        with start("train", *given, env=environment) as process:
+            notes = process.stderr.read()
+        assert process.returncode == 2 and "--compile" in notes.splitlines()[-1], notes
+        assert "Traceback" not in notes and len(notes.splitlines()) < 12
+
+    @long_test
+    def test_a_terminal_gets_no_control_characters_and_live_lines_are_wiped(
+        self, tmp_path, tokenizer
+    ):
+        path = speaking(tmp_path / "beeps.pt", [*tokenizer.encode("\x1b[2J\x07"), END])
+        status, screen = in_terminal(["generate", "p", "--model", path])
+        assert status == 0 and screen.startswith("p\\x1b[2J\\x07\n") and "\x1b" not in screen
+        status, screen = in_terminal(["generate", "p", "--model", path, "--num_samples", 2])
+        assert status == 0 and re.search(r"\d[^\r\n]*\r\x1b\[K--- sample 1 of 2 ---\np", screen)
+
+    @long_test
+    def test_live_lines_fit_a_terminal_though_results_go_elsewhere(self, shelf):
+        given = ["eval", HERE / "the-verdict.txt", "--model", shelf / "good.pt"]
+        status, screen = in_terminal(given, 40, more="> /dev/null")
+        live = [line for line in screen.split("\r\x1b[K") if "\n" not in line]
+        assert status == 0 and any("measuring" in line for line in live)
+        assert all(len(line) < 40 for line in live) and live[-1] == ""  # nothing is left of them
+
+    @long_test
+    def test_ctrl_c_on_a_terminal_ends_a_text_and_saves_a_run(self, shelf, config, tmp_path):
+        given = ["generate", "Once", "--model", shelf / "good.pt", "--max_tokens", 10**6]
+        status, screen = in_terminal(given, keys=b"\x03", until=b"Once")
+        assert status == 130 and "Traceback" not in screen and screen.endswith("\n")
+        given = [*words(config | {"epochs": 4000.0, "eval_every": 10_000}), "--out", tmp_path]
+        status, screen = in_terminal(["train", *given], 40, keys=b"\x03", until=b"step 3/")
+        assert status == 130 and "--resume" in screen and "Traceback" not in screen
+        assert len(metrics_of(tmp_path)) == load(tmp_path / "last.pt")["step"] > 1
+
+
+# ---- The project around it ----
+
+RUN_NOTEBOOK = """
+import nbclient, nbformat
+
+def show(cell, cell_index):
+    print(f"cell {cell_index + 1} of {len(book.cells)}: {cell.id}", flush=True)
+
+book = nbformat.read("walkthrough.ipynb", as_version=4)
+nbclient.NotebookClient(book, timeout=3600, on_cell_start=show).execute()
+nbformat.write(book, "walkthrough.ipynb")
+"""
+
+
+CARD = {  # what lies at the top level: DESIGN's list
+    *("gpt2.py", "walkthrough.ipynb", "the-verdict.txt", "requirements.txt", "test_gpt2.py"),
+    *("README.md", ".ci", ".gitignore", ".gitattributes", ".ruff.toml", ".github"),
+    *(".tiktoken", ".images"),
+}
+
+
+def commands_of(text):
+    """The words after `python gpt2.py`, or after `torchrun … gpt2.py`, wherever a text shows it."""
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"(?:python|torchrun[^\n`]*) gpt2\.py([^\n`]*)", text):
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        yield list(itertools.takewhile(lambda word: set(word) - set("|&;<>()"), lexer))
+
+
+def ran(notebook):
+    """Check that every cell ran, once, in order, and without an error or a warning."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)) and code
+    for output in (output for cell in code for output in cell["outputs"]):
+        assert output["output_type"] != "error" and output.get("name") != "stderr", output
+    return code
+
 
 class TestProject:
-    @pytest.fixture
-    def notebook(self):
-        return json.loads((HERE / "walkthrough.ipynb").read_text("utf-8"))
-    def assert_ran(self, notebook):
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)) and cells
-        for output in (output for cell in cells for output in cell["outputs"]):
-            assert output["output_type"] != "error" and output.get("name") != "stderr", output
-    def test_the_notebook_has_readable_ids_and_was_run_from_top_to_bottom(self, notebook):
-        self.assert_ran(notebook)
-        assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-        ids = [cell["id"] for cell in notebook["cells"]]
-        readable = r"(?![0-9a-f-]{8,}$)[a-z][a-z0-9-]{2,63}"
-        assert len(set(ids)) == len(ids) and all(re.fullmatch(readable, i) for i in ids)
+    def test_the_form_of_the_walkthrough(self):
         text = (HERE / "walkthrough.ipynb").read_text("utf-8")
-        assert len(text.encode()) < 2_500_000
+        book = json.loads(text)
+        assert len(text.encode()) < 2_000_000 and (book["nbformat"], book["nbformat_minor"]) == (
+            4,
+            5,
+        )
+        for cell in ran(book):
+            assert all(len(line.rstrip("\n")) <= 88 for line in cell["source"]), cell["id"]
+        ids = [cell["id"] for cell in book["cells"]]
+        readable = re.compile(r"(?![0-9a-f-]{8,}$)[a-z][a-z0-9-]{2,63}")
+        assert len(set(ids)) == len(ids) and all(map(readable.fullmatch, ids))
         assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)
-    def test_the_notebook_runs(self, tmp_path):
-        folder = shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns(".git", "checkpoints", ".venv"))
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
-        done = subprocess.run([*command, "walkthrough.ipynb"], cwd=folder, env=environment, timeout=1500,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        self.assert_ran(json.loads((folder / "walkthrough.ipynb").read_text("utf-8")))
-    def test_the_readme_names_the_two_commands_its_links_exist_and_requirements_are_pinned(self):
+        assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+
+    def test_the_notebook_runs_from_top_to_bottom(self, tmp_path, capsys):
+        for name in ("gpt2.py", "walkthrough.ipynb", "the-verdict.txt"):
+            shutil.copy(HERE / name, tmp_path)
+        shutil.copytree(HERE / ".tiktoken", tmp_path / ".tiktoken")
+        environment = {key: os.environ[key] for key in os.environ if key != "OMP_NUM_THREADS"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, "-u", "-c", RUN_NOTEBOOK]
+        said = []
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+            for line in process.stdout:
+                said.append(line)
+                with capsys.disabled():
+                    print(line, end="", flush=True)
+        assert process.returncode == 0, "".join(said[-60:])
+        ran(json.loads((tmp_path / "walkthrough.ipynb").read_text("utf-8")))
+
+    def test_what_the_readme_links_to_exists(self):
         text = (HERE / "README.md").read_text("utf-8")
-        assert "python -m pytest -q" in text and "python gpt2.py train" in text
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("http") or (HERE / target).exists(), target
-        lines = (HERE / "requirements.txt").read_text("utf-8").splitlines()
-        packages = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-        assert packages.keys() == {"torch", "tiktoken", "matplotlib", "jupyter", "pytest"}
+        targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)', text)
+        assert len(targets) > 3
+        for target in targets:
+            assert target.startswith("https://") or (HERE / target).exists(), target
+
+    def test_the_commands_of_the_readme_are_understood(self):
+        text = (HERE / "README.md").read_text("utf-8")
+        commands = list(commands_of(text))
+        assert {"train", "generate", "eval", "export"} <= {words[0] for words in commands if words}
+        for given in filter(None, commands):
+            gpt2.parse(given)
+        assert "python -m pytest -q" in text and "pip install -r requirements.txt" in text
+
+    @pytest.mark.xfail(reason="the README is to be rewritten")
+    def test_the_readmes_code_fits_a_page(self):
+        text = (HERE / "README.md").read_text("utf-8")
+        blocks = re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
+        assert all(len(line) <= 100 for block in blocks for line in block.splitlines()) and blocks
+
+    def test_requirements_are_pinned_and_no_others_than_the_cards(self):
+        text = (HERE / "requirements.txt").read_text("utf-8")
+        run, tests = (
+            dict(re.findall(r"(\w+)==([\d.]+)\n", part)) for part in text.split("# tests\n")
+        )
+        assert run.keys() == {"torch", "tiktoken", "matplotlib", "jupyter"}
+        assert "pytest" in tests and tests.keys() <= {"pytest", "ruff", "mypy"}
+        assert len(run) + len(tests) + 1 == len(text.splitlines())
+
+    def test_nothing_lies_at_the_top_level_beside_the_card(self):
+        if not shutil.which("git") or not (HERE / ".git").exists():
+            pytest.skip("this is no repository")
+        command = ["git", "-C", HERE, "ls-files", "-z"]
+        tracked = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
+        assert {name.split("/")[0] for name in tracked if name} <= CARD
+
+    def test_the_text_and_the_vocabulary_are_the_originals(self):
+        def sha256(path):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+
+        story = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+        assert (sha256(HERE / "the-verdict.txt"), len(VERDICT)) == (story, 20_479)
+        address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+        files = [
+            hashlib.sha1(f"{address}{name}".encode()).hexdigest()
+            for name in ("vocab.bpe", "encoder.json")
+        ]
+        assert sorted(os.listdir(HERE / ".tiktoken")) == sorted(files)
+        assert [sha256(HERE / ".tiktoken" / file) for file in files] == [
+            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        ]
+
+    def test_a_checkpoint_of_the_present_format_is_read_by_every_command(self, cli, tokenizer):
+        """The format as version 2.0 wrote it, from its description, not by today's writer."""
+        generator = torch.Generator().manual_seed(1)
+        shapes = {"token_embedding": (50257, 8), "position_embedding": (8, 8), "final_norm": (8,)}
+        for part, shape in {
+            **{"norm1": (8,), "attention.query_key_value": (24, 8), "attention.projection": (8, 8)},
+            **{"norm2": (8,), "feed_forward.expand": (32, 8), "feed_forward.projection": (8, 32)},
+        }.items():
+            shapes[f"blocks.0.{part}"] = shape
+        weights = {}
+        for name, shape in shapes.items():
+            weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / 2
+            if "embedding" not in name:
+                weights[f"{name}.bias"] = torch.randn(shape[0], generator=generator) / 2
+        two, one = ([w for w in weights.values() if w.dim() == n] for n in (2, 1))
+        weights["head.weight"] = weights["token_embedding.weight"]
+
+        path = write("text.txt", VERDICT[:800])
+        given = {"data": "text.txt", "batch_size": 2, "epochs": 1.0, "precision": "fp32"}
+        checkpoint = {
+            "version": "2.0",
+            "config": gpt2.CONFIG | SMALL | given,
+            **{"step": 1, "tokens_seen": 16, "best_step": 1, "best_val_loss": 9.5, "stale": 0},
+            **{"items_per_step": 2, "labels": [], "model": weights, "scaler": {}},
+            "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "optimizer": torch.optim.AdamW([{"params": two}, {"params": one}]).state_dict(),
+        }
+        Path("run").mkdir()
+        torch.save(checkpoint, "run/last.pt")
+        write("run/metrics.jsonl", '{"step": 1, "train_loss": 9.0}\n')
+
+        kind = SimpleNamespace(config={"n_layers": 1}, state_dict=lambda: weights)
+        reference = openai_weights(kind)
+        ids = tokenizer.encode("Once upon")
+        for _ in range(3):
+            ids.append(int(reference_logits(reference, 2, ids)[-1].argmax()))
+        result = cli("generate", "Once upon", "--model", "run", "--max_tokens", 3)
+        assert result.out == tokenizer.decode(ids) + "\n"
+        held_back = json.loads(cli("eval", path, "--model", "run/last.pt", "--json").out)["tokens"]
+        assert held_back == math.ceil(len(tokenizer.encode(VERDICT[:800])) * 0.1) - 1
+        assert "9.5" in cli("info", "run").out
+        assert cli("train", "--resume", "--out", "run").code == 0
+        assert [row["step"] for row in metrics_of(Path("run"))][:2] == [1, 2]
