@@ -9,9 +9,10 @@ Part one is GPT-2: read it from here to "Part two", and you have met the model, 
 sampling, and nothing else. Part two makes it a program: data files, runs that can be interrupted,
 OpenAI's weights, fast CPUs, the command line. Read it when you need it.
 
-Letters in shapes: B batch, T tokens (time), S tokens seen so far, C embedding width, H heads,
-D width of a head (C / H), V vocabulary, L layers. A comment `# (B, T, C)` is the shape of what its
-line makes.
+Letters in shapes, with their keys in a config (all keys: CONFIG, section 5): B batch, T tokens
+(time; at most `context_length`), S tokens seen so far, C embedding width (`emb_dim`), H heads
+(`n_heads`), D width of a head (C / H), V vocabulary (`vocab_size`), L layers (`n_layers`). A
+comment `# (B, T, C)` is the shape of what its line makes.
 
 The GPT-2 paper is "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), its
 code github.com/openai/gpt-2. The growth of attention in named steps and several names (emb_dim,
@@ -46,7 +47,9 @@ HERE = Path(__file__).resolve().parent
 class SelfAttention(nn.Module):
     """One head: softmax(Q Kᵀ / √D) V ("Attention Is All You Need", Vaswani et al., 2017).
 
-    x (B, T, d_in) -> (B, T, d_out)
+    x (B, T, d_in) -> (B, T, d_out); d_out is the D of the shapes below. A head is one way to look:
+    each token asks with a query, every token answers with a key, and the better the two fit, the
+    more of that token's value is taken. Q, K and V are the queries, keys and values of all tokens.
     """
 
     def __init__(self, d_in: int, d_out: int, qkv_bias: bool = False):
@@ -60,8 +63,9 @@ class SelfAttention(nn.Module):
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
 
-        # A sum of D products has D times the variance of one. Divided by √D it has that of one
-        # again. Otherwise softmax would put nearly all weight on one key, and learn nothing.
+        # A sum of D products has D times the variance of a single product; divided by √D, the
+        # same again. Larger scores would make softmax put nearly all weight on one key, and where
+        # a weight is nearly 0 or 1, its gradient is nearly 0: queries and keys would not learn.
         return queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -73,12 +77,18 @@ class SelfAttention(nn.Module):
 
 
 class CausalAttention(SelfAttention):
-    """One head that cannot see the future: to predict the next token is then not to copy it.
+    """One head that cannot see the future, where it could copy the token that it is to predict.
 
-    x (B, T, d_in) -> (B, T, d_out), T at most context_length
+    x (B, T, d_in) -> (B, T, d_out), T at most context_length. So each of the T tokens predicts the
+    one after it, all at once. The weights of T = 4 tokens, were all scores equal:
+
+        1    0    0    0        the first token sees itself only
+        1/2  1/2  0    0
+        1/3  1/3  1/3  0
+        1/4  1/4  1/4  1/4      the last sees all, and takes their average
     """
 
-    future: Tensor  # (context_length, context_length), True above the diagonal
+    future: Tensor  # (context_length, context_length), True where a token must not look
 
     def __init__(
         self,
@@ -98,7 +108,8 @@ class CausalAttention(SelfAttention):
 
         # softmax turns a score of -∞ into a weight of exactly 0.
         scores = self.scores(x).masked_fill(self.future[:tokens, :tokens], -math.inf)  # (B, T, T)
-        return self.dropout(torch.softmax(scores, dim=-1))  # while training, forget some links
+        # While training, some weights become 0 and the others larger: rows sum to 1 on average.
+        return self.dropout(torch.softmax(scores, dim=-1))  # (B, T, T)
 
 
 class MultiHeadAttention(nn.Module):
@@ -106,14 +117,15 @@ class MultiHeadAttention(nn.Module):
 
     x (B, T, C) -> (B, T, C)
 
-    Each head does what CausalAttention does, on its own D of the C values of a token:
+    Each head does what CausalAttention does. It makes its queries, keys and values, D wide, from
+    all C numbers of a token:
 
         scores = queries @ keys.transpose(2, 3) / math.sqrt(D)    # (B, H, T, T)
         scores = scores.masked_fill(future, -math.inf)
         weights = dropout(torch.softmax(scores, dim=-1))          # (B, H, T, T)
         heads = weights @ values                                  # (B, H, T, D)
 
-    `F.scaled_dot_product_attention` computes these four lines in one kernel, which never stores
+    `F.scaled_dot_product_attention` computes these four lines in one kernel, which need not store
     the T × T weights.
     """
 
@@ -126,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config["dropout_rate"])
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, H, T, D): each head gets its own D of the C values."""
+        """Queries, keys or values of all heads (B, T, C) -> the same by head (B, H, T, D)."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
     def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
@@ -138,6 +150,7 @@ class MultiHeadAttention(nn.Module):
 
         # The scores, the mask, softmax and the weighted sum of values: see the docstring.
         if cache is None:
+            # A function does not know, as the module nn.Dropout does, whether it is in training.
             dropout_rate = self.dropout.p if self.training else 0.0
             heads = F.scaled_dot_product_attention(
                 queries, keys, values, dropout_p=dropout_rate, is_causal=True
@@ -155,8 +168,9 @@ class MultiHeadAttention(nn.Module):
 class LayerNorm(nn.Module):
     """Each token's vector, brought to mean 0 and variance 1, then scaled and shifted as learnt.
 
-    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) For reading: the model uses `nn.LayerNorm`, which
-    computes the same in one kernel.
+    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) The stream grows with every addition; normed, it is
+    of the same size for every layer. For reading: the model uses `nn.LayerNorm`, which computes the
+    same in one kernel.
     """
 
     def __init__(self, emb_dim: int):
@@ -166,14 +180,16 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
-        variance = x.var(dim=-1, correction=0, keepdim=True)  # (B, T, 1)
+        variance = x.var(dim=-1, correction=0, keepdim=True)  # (B, T, 1): / C, not C - 1
+        # (B, T, C). 1e-5: a vector of equal numbers has variance 0.
         return self.weight * (x - mean) / torch.sqrt(variance + 1e-5) + self.bias
 
 
 class FeedForward(nn.Module):
-    """The MLP: widen each token's vector four times, apply a non-linearity, narrow it again.
+    """The MLP: make each token's vector four times as wide, apply a non-linearity, narrow it again.
 
-    x (B, T, C) -> (B, T, C)
+    x (B, T, C) -> (B, T, C). Attention only averages values; here each token, alone, makes
+    something of what it has gathered.
     """
 
     def __init__(self, config: dict):
@@ -191,8 +207,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then the MLP, each added to the residual stream.  x (B, T, C) -> (B, T, C).
 
-    The norms stand before attention and MLP, not on the stream (GPT-2 paper, section 2.3). So x
-    passes through all blocks changed by additions only, and gradients flow back the same way.
+    The residual stream is x: one vector for each token, which every block reads and adds to. The
+    norms stand before attention and MLP, not on the stream (GPT-2 paper, section 2.3). So x passes
+    through all blocks changed by additions only, and gradients flow back the same way.
     """
 
     def __init__(self, config: dict):
@@ -217,6 +234,9 @@ MODEL_KEYS = (*SIZE_KEYS, "dropout_rate", "qkv_bias")
 class GPT2(nn.Module):
     """The language model (GPT-2 paper, section 2.3).
 
+        token ids (B, T) -> token vector + position vector (B, T, C) -> L blocks -> norm
+        -> head: a score for each of the V tokens to come next (B, T, V)
+
     It reads MODEL_KEYS of a config and ignores the rest. ValueError for an impossible config.
     """
 
@@ -232,7 +252,8 @@ class GPT2(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, vocab_size, bias=False)
 
-        # One matrix (V, C) both reads a token and scores it: tokens that mean the same share a row.
+        # One matrix (V, C), used twice: a token's row is its vector when it is read, and what x is
+        # compared with when it is scored. What is learnt at one end serves the other.
         self.head.weight = self.token_embedding.weight
         self.initialise()
 
@@ -246,7 +267,7 @@ class GPT2(nn.Module):
         """
         projection_std = 0.02 / math.sqrt(2 * self.config["n_layers"])
         for name, parameter in self.named_parameters():
-            if name.endswith("projection.weight"):
+            if name.endswith("projection.weight"):  # of attention and of the MLP, in each block
                 nn.init.normal_(parameter, std=projection_std)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -257,6 +278,9 @@ class GPT2(nn.Module):
         self, idx: Tensor, cache: "list[KeyValueCache] | None" = None, last_only: bool = False
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V); (B, 1, V), those of the last token, with last_only.
+
+        Logits [b, t] are the scores of all tokens to follow idx[b, t]: softmax of them, the
+        probabilities.
 
         With a cache, one for each block, idx continues the tokens that the cache holds.
         """
@@ -274,7 +298,7 @@ class GPT2(nn.Module):
 
         if last_only:  # the head is the largest matrix: multiply one row of x, not T
             x = x[:, -1:]  # (B, 1, C)
-        return self.head(self.final_norm(x))  # (B, T, V)
+        return self.head(self.final_norm(x))  # (B, T, V), or (B, 1, V)
 
     def num_parameters(self) -> int:
         """How many numbers are trained. The head is the token embedding, so it counts once."""
@@ -299,8 +323,12 @@ IGNORE_INDEX = -100  # a target that no loss counts
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from the copy beside this file."""
-    # Only where the user has set no cache: tiktoken deletes files there that it does not expect.
+    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from the copy beside this file.
+
+    A token is a byte, or two tokens that often follow each other, joined: 256 bytes, 50,000 pairs,
+    and `<|endoftext|>`, which stands between documents, make 50,257.
+    """
+    # A cache folder that the user has named is used instead.
     if (HERE / ".tiktoken").is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
@@ -312,7 +340,10 @@ def text_to_token_ids(text: str, tokenizer: tiktoken.Encoding) -> Tensor:
 
 
 def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer: tiktoken.Encoding) -> str:
-    """Token ids (T) or (1, T) -> text. Bytes that make no whole character become �."""
+    """Token ids (T) or (1, T) -> text. Bytes that make no whole character become �.
+
+    A vocabulary may be padded, for speed, with ids that are no token: they are left out.
+    """
     known = [i for i in torch.as_tensor(ids).flatten().tolist() if i < tokenizer.n_vocab]
     return tokenizer.decode(known)
 
@@ -321,9 +352,13 @@ class GPTDataset(torch.utils.data.Dataset):
     """Windows of a text: item i is (x (T,), y (T,)), T the context length, y one token later.
 
     A window begins every `stride` tokens, and the last one ends where the text ends: every token
-    but the first is a target. An offset, up to `stride`, moves the windows so many tokens to the
-    left, so that they cut the text elsewhere. One more is then needed at the end, and the first is
-    pushed back to where the text begins.
+    but the first is a target, if `stride` is at most T. An offset, 1 to `stride`, moves all windows
+    to the left, so that they cut the text elsewhere; the first and the last then stay inside it.
+    The x of the text 0 1 2 3 4 5 6 7, with T = 3 and a stride of 2 (y is one more, everywhere):
+
+        offset 0    0 1 2    2 3 4    4 5 6
+        offset 1    0 1 2    1 2 3    3 4 5    4 5 6
+
     ValueError for a text that is shorter than one window.
     """
 
@@ -356,7 +391,10 @@ class GPTDataset(torch.utils.data.Dataset):
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Items of any length -> x (B, T), y (B, T). Padding comes last, where no token sees it."""
+    """Items of any length -> x (B, T), y (B, T).
+
+    Padding comes last, so no token of the item sees it, and its targets do not count.
+    """
     pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
     x = pad([x for x, _ in items])
     y = pad([y for _, y in items], padding_value=IGNORE_INDEX)
@@ -392,7 +430,7 @@ CONFIG: dict[str, Any] = {
     "weight_decay": 0.1,  # how strongly AdamW pulls matrices towards zero
     "grad_clip": 1.0,  # longest gradient; 0: any length
     "seed": 42,  # where all random numbers start
-    # On the way, in steps. 0: once an epoch, but 10 to 50 times a run
+    # On the way. `…_every` is in steps; 0: once an epoch, but 10 to 50 times a run
     "eval_every": 0,  # measure the validation loss and show a sample
     "checkpoint_every": 0,  # save; also every ten minutes and at each lowest validation loss
     "patience": 0,  # stop after so many measurements without a lower one; 0: never
@@ -437,10 +475,11 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config["weight_decay"]},
-        {"params": vectors, "weight_decay": 0.0},  # biases and norms have no reason to be small
+        {"params": vectors, "weight_decay": 0.0},  # biases, and the weights of norms
     ]
     fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory for all
-    # 0.95, not 0.999: squared gradients are forgotten in 20 steps, so one bad batch is soon over.
+    # AdamW steps along the mean gradient of some 10 steps (0.9), divided by its usual size. 0.95,
+    # not 0.999: that size is forgotten in 20 steps, so one bad batch is soon over.
     return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
 
 
@@ -456,11 +495,13 @@ def batches_of_step(
 ) -> list[Batch]:
     """The batches (x (B, T), y (B, T)) of step 1, 2, …, as far as they fall to process `rank`.
 
+    `world` is the number of processes, `rank` the number of this one: 0 of 1 on most machines.
     They follow from the step alone, not from the steps before: so a resumed run needs no memory
     of what it has read. `train_set.for_epoch(seed)` is the set as one epoch sees it; all epochs
     have the same number of items.
     """
-    # Steps are counted in items of all processes: a run has the same steps on one and on eight.
+    # Of all processes together: eight of them take in one step the items that one process takes
+    # with eight times the grad_accumulation.
     per_step = config["batch_size"] * config["grad_accumulation"] * world
     epoch, position = divmod(step - 1, math.ceil(len(train_set.for_epoch(0)) / per_step))
     seed = mix_seeds(config["seed"], epoch)
@@ -470,7 +511,9 @@ def batches_of_step(
     order = order_of_epoch(len(items), seed)
     share = order[position * per_step : (position + 1) * per_step][rank::world]
     chosen = [items[i] for i in share.tolist()]
-    if not chosen:  # the last step of an epoch can have fewer items than there are processes
+    # The last step of an epoch can have fewer items than there are processes. One that gets none
+    # computes a batch that counts nothing, as the others wait for its gradients.
+    if not chosen:
         x, y = items[0]
         chosen = [(x, torch.full_like(y, IGNORE_INDEX))]
 
@@ -479,7 +522,11 @@ def batches_of_step(
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets not -100."""
+    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets not -100.
+
+    For one target it is -log of the probability that the model gave it (nats: the natural log).
+    A model that knows nothing gives each token 1 / V, and has a loss of log(50257) = 10.8.
+    """
     logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
     targets = targets.flatten()  # (B·T,)
     # Summed, not averaged: only the caller knows how many targets the whole step has.
@@ -496,7 +543,16 @@ def train_step(
     """One optimizer step on all batches -> (loss in nats per token, length of the gradient).
 
     Batches are (x (B, T), y (B, T)). Their gradients add up before the optimizer steps once: it
-    is the step of one big batch, in the memory of a small one.
+    is the step of one big batch, in the memory of a small one. In one process, in float32, it is
+
+        for x, y in batches:
+            loss = summed_loss(network(x), y) / n_targets
+            loss.backward()                                  # adds to the gradients
+        norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip or math.inf)
+        optimizer.step()                                     # moves the weights
+        optimizer.zero_grad()                                # or the next step would add to these
+
+    and `machine` does the same for several processes and in half precision.
     """
     # How many targets the whole step has, in all batches of all processes.
     n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
@@ -555,11 +611,16 @@ def train(
     """Train, and yield after each step a dict: its row of metrics.jsonl, `model`, `total_steps`,
     and where one was drawn a `sample`. Losses are in nats per token.
 
+    It is a generator: a step is taken when the caller asks for the next row, as in
+    `for row in train(): print(row["train_loss"])`. So whoever calls it decides what to show and
+    when to stop.
+
     `config` holds what differs from CONFIG. `out` is the folder for what the run leaves, or None.
     `init` is a model to start from, or its name. `resume` continues the run in `out`, on one
     machine bit for bit; `overwrite` replaces it. Closing the generator saves.
     """
     with start_run(config or {}, out, init, resume, overwrite) as run:
+        # run.network is this model too, as training calls it: compiled, or one of several copies.
         config, model, machine = run.config, run.model, run.machine
 
         for step in run.steps():
@@ -590,6 +651,7 @@ def train(
             if save_now:
                 run.save()
 
+            # The steps of this run: with max_steps fewer than run.total_steps, the schedule's.
             extra = {"model": model, "total_steps": run.last_step}
             if sample_now:
                 extra["sample"] = run.sample()
@@ -602,8 +664,9 @@ def train(
 class KeyValueCache:
     """The keys and values of the tokens that one block has read.
 
-    A later token does not change them, so generating reads each token once instead of the whole
-    text again for each new token. Shapes are (B, H, S, D), S the tokens so far.
+    No token sees a later one, so a later one cannot change them: generating reads each token once
+    instead of the whole text again for each new token. (A query is needed only when its own token
+    is read, so none is kept.) Shapes are (B, H, S, D), S the tokens so far.
     """
 
     def __init__(self, context_length: int):
@@ -634,7 +697,7 @@ class KeyValueCache:
         mask, causal = None, tokens == self.length
         if 1 < tokens < self.length:
             mask = torch.ones(tokens, self.length, dtype=torch.bool, device=queries.device)
-            mask = mask.tril(self.length - tokens)  # (T, S)
+            mask = mask.tril(self.length - tokens)  # (T, S), True where a query may look
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
 
 
@@ -664,7 +727,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
     # Without the token itself, so that the one that crosses p is still kept.
     before = ordered.cumsum(dim=-1) - ordered  # what the more probable tokens have together
     dropped = before >= p
-    dropped[:, 0] = False  # the first token is always kept
+    dropped[:, 0] = False  # the first token is always kept, even if p rounds to 0
     kept = ordered.masked_fill(dropped, 0.0)
     return torch.zeros_like(kept).scatter(1, tokens, kept / kept.sum(dim=-1, keepdim=True))
 
@@ -697,9 +760,10 @@ def next_token_probabilities(
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """probabilities (B, V) -> token ids (B, 1), each drawn with its probability.
 
-    A race: each token waits for a random time, exponentially distributed, on average 1 / p. Token
-    i comes first with probability p_i. `torch.multinomial` does the same, and waits for the device
-    twice.
+    A race: token i arrives after a random time, exponentially distributed, on average 1 / p_i, and
+    it is the first with probability p_i. That time is waiting / p, with `waiting` 1 on average: the
+    smallest is where p / waiting is largest. `torch.multinomial` draws from the same distribution,
+    and waits for the device twice.
     """
     device = generator.device if generator else probabilities.device
     waiting = torch.empty(probabilities.shape, device=device).exponential_(generator=generator)
@@ -721,9 +785,9 @@ def generate(
 ) -> Tensor:
     """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`.
 
-    Temperature 0 is greedy: always the most probable token. Generation ends when every row has
-    produced `eos_id`, with which rows that end earlier are filled up, or when `on_token`, which
-    gets each new column (B, 1), returns True.
+    Temperature 0 is greedy: always the most probable token. A row ends with the token `eos_id`
+    ("end of sequence"), and is filled up with it while others go on. Generation ends when all rows
+    have ended, or when `on_token` returns True; it gets each new column (B, 1).
 
     The window slides in halves. While the text fits the context, the model sees all of it. When
     the context is full, the model goes on from the last half, read anew: positions are absolute,
