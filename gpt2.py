@@ -1522,7 +1522,7 @@ class Machine:
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
             problem = f"the loss became {loss}, the gradient's length {norm}"
-            raise FloatingPointError(f"{problem}: lower learning_rate; a resumed run takes it, too")
+            raise FloatingPointError(f"{problem}: begin again with a lower learning_rate")
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
@@ -1832,7 +1832,8 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
 
     ValueError or OSError if the folder cannot be used: before the first step, not at the last.
     """
-    if (folder / "last.pt").exists() and not (resume or overwrite):
+    holds_run = any((folder / name).exists() for name in ("last.pt", "best.pt"))
+    if holds_run and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1923,7 +1924,7 @@ def load_run(path: Path) -> dict:
         raise BadFile(f"{path} is of an earlier version, which cut its data differently: {advice}")
     for key in STATE:
         value = checkpoint.get(key, -1)
-        if type(value) is not type(getattr(Run, key)) or value < 0:  # as Run's default is
+        if type(value) is not type(getattr(Run, key)) or not value >= 0:  # as Run's default is
             raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
     if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
         raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
@@ -1992,6 +1993,8 @@ def start_run(
     and what costs nothing is checked first."""
     if resume and (out is None or overwrite or init is not None):
         raise ValueError("resume needs the folder of a run, and excludes init and overwrite")
+    if out == "":
+        raise ValueError("out is an empty name: give a folder")
     folder = Path(out) if out is not None else None
     # Values, files and folder first: a mistake is not to be found after a long download.
     given = check_given(given)
@@ -2648,7 +2651,7 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
     names = ("last.pt", "best.pt", "metrics.jsonl", "loss.png")
     files = ", ".join(name for name in names if (folder / name).exists())
     log.info(f"done      {state['step']:,} steps in {duration(seconds)}; {folder} holds {files}")
-    if state["best_val_loss"] < math.inf:
+    if (folder / "best.pt").exists():
         when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
         log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
 
@@ -2661,7 +2664,9 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
         frame = r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$"
         asked = re.search(frame, first.prompt, re.DOTALL)
-        prompt = ["--instruct", asked[1], "--input", asked[2] or ""] if asked else [first.prompt]
+        text = asked[1] if asked else first.prompt
+        prompt = ["--instruct", f"--input={asked[2] or ''}"] if asked else []
+        prompt += ["--", text] if text.startswith("-") else [text]
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
     log.info(f"next      {shlex.join(words)}")
 
@@ -2733,7 +2738,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
             if line.lstrip().startswith("{"):
                 try:
                     yield text_of(json.loads(line), "prompt")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise BadFile(f"{args.prompts}, prompt {number}: {error}") from error
             else:
                 yield line.removesuffix("\r")
@@ -2765,9 +2770,9 @@ def sampling_options(args: argparse.Namespace) -> dict:
         raise ValueError("stop is an empty text: give some characters")
     if args.input and not args.instruct:
         raise ValueError("input belongs to an instruction: give --instruct, too")
-    for name in ("max_tokens", "num_samples"):
-        if vars(args)[name] < 1:
-            raise ValueError(f"{name} is {vars(args)[name]}; it must be 1 or more")
+    for name, most in (("max_tokens", 10**9), ("num_samples", 10**4)):
+        if not 1 <= vars(args)[name] <= most:
+            raise ValueError(f"{name} is {vars(args)[name]}; it must be from 1 to {most}")
     if draws and args.temperature > 0:
         return options
     if args.num_samples > 1:
@@ -2778,7 +2783,11 @@ def sampling_options(args: argparse.Namespace) -> dict:
 def run_generate(args: argparse.Namespace) -> None:
     """Print what a model writes after each prompt."""
     options = sampling_options(args)
+    if args.prompts and args.prompt:
+        raise ValueError("prompts of a file and a prompt of your own exclude each other")
     prompts = list(read_prompts(args))
+    if not prompts:
+        raise BadFile(f"{args.prompts} holds no prompts")
     model = load_for_use(args)
     if options["temperature"] > 0:
         seed = args.given.get("seed", random.randrange(10**6))
@@ -2916,7 +2925,8 @@ def run_info(args: argparse.Namespace) -> None:
         trained = checkpoint["config"]
         rows |= {"step": checkpoint["step"], "tokens_seen": f"{checkpoint['tokens_seen']:,}"}
         rows |= {key: trained[key] for key in ("data", "learning_rate", "precision", "seed")}
-        rows["lowest validation"] = f"{checkpoint['best_val_loss']:.4f}"
+        if checkpoint["best_val_loss"] < math.inf:
+            rows["lowest validation"] = f"{checkpoint['best_val_loss']:.4f}"
         rows["version"] = checkpoint.get("version", "1")
     for name, value in rows.items():
         print(f"{name:<20}{printable(str(value))}")
@@ -3075,9 +3085,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command with their defaults; those that were given are in `.given`."""
-    words = [  # --learning-rate is --learning_rate; argparse itself makes --no-compile
-        re.sub(r"^(--(?:no-)?)([\w-]+)", lambda name: name[1] + name[2].replace("-", "_"), word)
-        for word in words
+    # --learning-rate is --learning_rate; argparse itself makes --no-compile. Prompts stay.
+    option = re.compile(r"(--(?:no-)?)([\w-]+)(?==|$)")
+    end = list(words).index("--") if "--" in words else len(words)
+    words = [
+        option.sub(lambda name: name[1] + name[2].replace("-", "_"), word, count=1)
+        if i < end and option.match(word)
+        else word
+        for i, word in enumerate(words)
     ]
     # Only what was given is there: a resumed run must tell a default from a wish.
     given = vars(make_parser().parse_args(words))
@@ -3145,6 +3160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, a closed stream is None
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     sys.exit(main())
