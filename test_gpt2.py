@@ -3565,7 +3565,6 @@ class TestProject:
             gpt2.parse(given)
         assert "python -m pytest -q" in text and "pip install -r requirements.txt" in text
 
-    @pytest.mark.xfail(reason="the README is to be rewritten")
     def test_the_readmes_code_fits_a_page(self):
         text = (HERE / "README.md").read_text("utf-8")
         blocks = re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
