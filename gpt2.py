@@ -448,8 +448,8 @@ CONFIG: dict[str, Any] = {
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, such as a run's seed, a step and a process."""
     mixed = 0
-    for number in numbers:  # a step of Knuth's linear congruential generator for each
-        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    for number in numbers:  # a step of a linear congruential generator (L'Ecuyer, 1999) for each
+        mixed = (mixed * 2862933555777941757 + number + 3037000493) % 2**63
     return mixed
 
 
@@ -1109,8 +1109,8 @@ def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
     encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
     started, count = time.perf_counter(), 0
     pieces = text_pieces(files)
-    # Thirty-two pieces keep all cores busy, and bound the memory.
-    while group := list(itertools.islice(pieces, 32)):
+    # Eight pieces keep the cores busy, and bound the memory.
+    while group := list(itertools.islice(pieces, 8)):
         for ids in encode(group, allowed_special="all"):
             out.write(array("H", ids).tobytes())
             count += len(ids)

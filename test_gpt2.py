@@ -887,7 +887,7 @@ class TestTraining:
     def test_mixed_seeds_differ_and_are_the_same_on_every_machine(self):
         seeds = [gpt2.mix_seeds(*pair) for pair in itertools.product(range(50), repeat=2)]
         assert len(set(seeds)) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
-        assert gpt2.mix_seeds(42, 3, 1) == 4871592143262942939
+        assert gpt2.mix_seeds(42, 3, 1) == 7874481785581792685
 
     def test_the_rate_rises_in_a_line_over_at_most_a_quarter_then_falls_in_half_a_cosine(self):
         schedule = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 10}
@@ -2144,8 +2144,9 @@ class TestRuns:
         monkeypatch.setattr(os, "fsync", at_call(1, fail, os.fsync))
         losses = [row["val_loss"] for row in take(config | given, out=tmp_path / "run")]
         best, last = load(tmp_path / "run" / "best.pt"), load(tmp_path / "run" / "last.pt")
-        assert losses == sorted(losses) and best["step"] == 2
-        assert (last["best_step"], last["best_val_loss"]) == (2, losses[1])
+        lowest = min(losses[1:])  # of those that could be saved
+        assert losses[0] < lowest and best["step"] == losses.index(lowest) + 1
+        assert (last["best_step"], last["best_val_loss"]) == (best["step"], lowest)
 
     @cases("library, name", [("matplotlib.figure", None), ("matplotlib.figure", "savefig")])
     def test_a_run_without_a_picture_succeeds(self, cli, config, monkeypatch, library, name):
