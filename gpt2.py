@@ -104,6 +104,7 @@ class CausalAttention(SelfAttention):
         self.register_buffer("future", future, persistent=False)  # moves with the model
 
     def weights(self, x: Tensor) -> Tensor:
+        """The same without the future: what lies above the diagonal is 0."""
         tokens = x.size(1)
 
         # softmax turns a score of -∞ into a weight of exactly 0.
@@ -982,12 +983,14 @@ def text_of(record: dict, *keys: str, default: str | None = None) -> str:
 
 
 def as_pair(record: dict) -> Example:
+    """A prompt and its completion; with `"end": false`, the text goes on after it."""
     # A table has no booleans: its "false" is a text.
     end = record.get("end", True) not in (False, "false")
     return Example(text_of(record, "prompt"), text_of(record, "completion"), end)
 
 
 def as_instruction(record: dict) -> Example:
+    """An instruction in the words of Alpaca, Dolly, or question and answer."""
     context = {key: record.get(key) or "" for key in ("input", "context")}
     prompt = instruction_prompt(
         text_of(record, "instruction", "question"),
@@ -1190,9 +1193,11 @@ class TextDataset(GPTDataset):
         return ids[start : start + 5]
 
     def size(self) -> str:
+        """How much it holds, for a person."""
         return f"{len(self.token_ids):,} tokens"
 
     def labels(self) -> list[str]:
+        """None: a text is not a classification."""
         return []
 
     def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
@@ -1237,9 +1242,11 @@ class CompletionDataset(list):
         return torch.tensor((prompt + completion)[:-1]), torch.tensor(y)
 
     def for_epoch(self, seed: int) -> "CompletionDataset":
+        """The same examples in every epoch."""
         return self
 
     def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All examples; they do not overlap, so a stride has nothing to say."""
         return iter(self)
 
     def sample_prompt(self) -> list[int]:
@@ -2341,10 +2348,12 @@ def openai_file(name: str) -> bytes:
 
 
 def write_bytes(content: bytes, file: IO[bytes]) -> None:
+    """Write these bytes: what `write_file` is to do with a small file."""
     file.write(content)
 
 
 def json_bytes(value: dict) -> bytes:
+    """A JSON file for people, as bytes."""
     return json.dumps(value, indent=2).encode()
 
 
@@ -2528,6 +2537,7 @@ class Notes(logging.Handler):
         self.printed_at = -math.inf
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a note, or show a live line."""
         # One process speaks, unless another one dies.
         if process_rank() > 0 and record.levelno < logging.ERROR:
             return
@@ -2563,6 +2573,7 @@ class Stop:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
+        """Remember the signal; the run is stopped after its step."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended `| tee`
@@ -3044,6 +3055,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and name what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
         unknown = re.match(r"unrecognized arguments: --(\w+)", message)
         typed = unknown[1] if unknown else ""
         near = difflib.get_close_matches(typed, DEFAULTS.keys() - {typed}, n=1)
@@ -3101,6 +3113,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**DEFAULTS | given, given=given)
 
 
+# What may go wrong without a mistake of this program: the rest is a traceback at once.
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError)
+
+
 def what_went_wrong(error: Exception) -> str | None:
     """One line for a person, about an error that is not a bug of this program; None for a bug."""
     text = " ".join(str(error).split())
@@ -3143,7 +3159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stderr.isatty():  # the terminal shows ^C: its prompt belongs on a new line
             print(file=sys.stderr)
         return 130
-    except Exception as error:
+    except EXPECTED as error:
         message = what_went_wrong(error)
         if message is None:
             raise
