@@ -1544,6 +1544,13 @@ class Machine:
             dist.all_reduce(total)
         return total.item()
 
+    @staticmethod
+    def wait() -> None:
+        """Wait until all processes are here."""
+        # A sum would do, but a thread lets go of its tensor, and dies if Python is ending by then.
+        if dist.is_initialized():
+            dist.barrier()
+
 
 def free_memory(device: torch.device) -> float:
     """Bytes that the device can still give; infinity where that is not known."""
@@ -1778,7 +1785,7 @@ class Run:
                 write_file(self.folder / "loss.png", draw)
             except (ImportError, OSError, ValueError) as error:
                 log.warning(f"loss.png was not drawn: {error}")
-        self.machine.sum(0)  # no process leaves before the first has saved
+        self.machine.wait()  # no process leaves before the first has saved
         if self.failed:
             raise OSError(f"step {self.step}, the last, is not saved in {self.folder}")
 
