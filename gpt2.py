@@ -2449,30 +2449,37 @@ class FewRowsLinear(nn.Module):
         return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
+def largest(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row (N, M) -> (N, 1), and never 0."""
+    return torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True).clamp_(min=1e-12)
+
+
 class Int8Linear(nn.Module):
     """A matrix as int8, with one scale for each row: the largest absolute value becomes 127.
 
     A quarter of the memory of fp32, and so about a quarter of the time of reading it, which is
-    what generating a token costs.
+    what generating a token costs. The rows of x become int8, too, for the product of two int8
+    matrices is what processors have instructions for (VNNI, AMX): reading is faster as well.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()
         # A scale for each row: one large weight costs precision in its own row only.
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
-        self.weight = (weight / scale).round().to(torch.int8)  # (out, in)
-        self.scale = scale.flatten().bfloat16()  # (out,)
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        scale = largest(weight) / 127  # (out, 1)
+        self.weight = (weight / scale).round_().to(torch.int8)  # (out, in)
+        self.scale = scale.flatten()  # (out,)
+        self.bias = None if linear.bias is None else linear.bias.detach()  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.size(-1)).bfloat16()
-        # The operator unpacks the weights for every row; from 64 rows on, once for all is faster.
-        if len(rows) < 64 and self.weight.size(1) % 32 == 0:  # the operator reads in blocks
-            out = torch._weight_int8pack_mm(rows, self.weight, self.scale).float()
-        else:  # many rows share one conversion of the weights
-            out = F.linear(rows, self.weight.bfloat16()).float() * self.scale
-        out = out if self.bias is None else out + self.bias
+        rows = x.reshape(-1, x.size(-1))  # (rows, in)
+        step = largest(rows) / 127  # (rows, 1)
+        digits = (rows / step).round_().to(torch.int8)
+        # int8 times int8, summed in int32, is exact; the scales come afterwards.
+        out = torch._int_mm(digits, self.weight.T) * step  # (rows, out)
+        out *= self.scale
+        if self.bias is not None:
+            out += self.bias
         return out.view(*x.shape[:-1], -1)
 
 
@@ -2492,7 +2499,6 @@ def speed_up(model: GPT2, precision: str) -> GPT2:
     swap = {"fp32": FewRowsLinear, "int8": Int8Linear}.get(precision)
     if swap is None:
         return model
-    # Small matrices lie in the cache: there, nothing is gained in fp32.
     # A small fp32 matrix stays in the cores' caches: cutting it up costs more than it gains.
     smallest = 100_000 if precision == "fp32" else 0
     for module in list(model.modules()):
@@ -2512,6 +2518,12 @@ def keep_freed_memory() -> None:
         # The numbers are those of glibc's malloc.h.
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def give_back_memory() -> None:
+    """Let glibc return freed memory to the system: in int8 and bf16, the weights in fp32."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # ---- 12. Command line: results go to standard output, progress and notes to standard error ----
@@ -2697,14 +2709,17 @@ def load_for_use(args: argparse.Namespace) -> GPT2:
         precision = "fp32"
     if precision != "int8":
         precision = pick_precision(precision, device)
-    elif device.type != "cpu" or not hasattr(torch, "_weight_int8pack_mm"):
+    elif device.type != "cpu" or not hasattr(torch, "_int_mm"):
         raise ValueError("precision int8 is for CPUs: give bf16")
 
     model = GPT2.from_pretrained(args.model)
     if model.config["vocab_size"] < CONFIG["vocab_size"]:
         raise ValueError(f"{args.model} has a vocabulary smaller than GPT-2's 50257 tokens")
     model.to(device, PRECISIONS.get(precision))  # int8 is left to speed_up
-    return speed_up(model, precision) if device.type == "cpu" else model
+    if device.type == "cpu":
+        model = speed_up(model, precision)
+        give_back_memory()
+    return model
 
 
 class Reply:
