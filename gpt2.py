@@ -28,6 +28,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # Ctrl-C while PyTorch loads, for a second or two, just ends it
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -529,9 +534,8 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     A model that knows nothing gives each token 1 / V, and has a loss of log(50257) = 10.8.
     """
     logits = logits.flatten(0, 1).float()  # (B·T, V); half precision would round the sum
-    targets = targets.flatten()  # (B·T,)
     # Summed, not averaged: only the caller knows how many targets the whole step has.
-    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
 
 
 def train_step(
@@ -570,8 +574,7 @@ def train_step(
 
     # Until here nothing was read from the device, so it was never waited for.
     mean_loss = machine.sum(total)
-    gradient_norm = machine.clip_and_step(optimizer, mean_loss, grad_clip)
-    return mean_loss, gradient_norm
+    return mean_loss, machine.clip_and_step(optimizer, mean_loss, grad_clip)
 
 
 @contextlib.contextmanager
@@ -3198,6 +3201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, a closed stream is None
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
