@@ -3428,16 +3428,15 @@ class TestCommandLine:
         """Whoever imports gpt2, such as a notebook, keeps Python's own way."""
         strike = "import signal; signal.raise_signal(signal.SIGINT)"
         write(tmp_path / "tiktoken.py", strike)  # it is loaded just before
-        for command, shown in (
-            ([HERE / "gpt2.py"], ""),
-            (["-c", "import gpt2"], "KeyboardInterrupt"),
-        ):
-            environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
-            done = subprocess.run(
-                [sys.executable, *command], env=environment, capture_output=True, text=True
-            )
-            assert done.returncode == -signal.SIGINT and done.stderr.endswith(shown)
-            assert bool(done.stderr) == bool(shown)
+        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
+
+        def stopped(*words):
+            command = [sys.executable, *words]
+            return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+        assert stopped(HERE / "gpt2.py").returncode == -signal.SIGINT
+        assert stopped(HERE / "gpt2.py").stderr == ""
+        assert "KeyboardInterrupt" in stopped("-c", "import gpt2").stderr
 
     def test_ctrl_c_before_the_first_step_ends_without_a_traceback(self, cli, monkeypatch):
         monkeypatch.setattr(gpt2, "load_data", raising(KeyboardInterrupt()))
