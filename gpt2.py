@@ -1077,7 +1077,7 @@ def read_pieces(path: Path) -> Iterator[Example | str]:
     """The examples, the documents or the pieces of the text in a file."""
     suffix = path.suffix.lower()
     if suffix == ".bin":
-        raise BadFile(f"{path} holds tokens: it cannot be joined with other files")
+        raise BadFile(f"{path} holds tokens: leave it out, it cannot be joined with other files")
     return read_records(path) if suffix in RECORD_FORMATS else read_text(path)
 
 
@@ -1096,7 +1096,7 @@ def text_pieces(files: Sequence[Path]) -> Iterator[str]:
         records = path.suffix.lower() in RECORD_FORMATS
         for j, piece in enumerate(read_pieces(path)):
             if isinstance(piece, Example):
-                raise BadFile(f"{path} holds examples: they cannot be joined with texts")
+                raise BadFile(f"{path} holds examples, where only texts are read")
             begins = (j == 0 and i > 0) or (j > 0 and records)
             yield (END_OF_TEXT if begins else "") + check_white_space(piece, path)
 
@@ -1144,7 +1144,7 @@ def load_examples(files: Sequence[Path]) -> list[Example]:
     for path in files:
         for example in read_pieces(path):
             if not isinstance(example, Example):
-                raise BadFile(f"{path} holds texts: they cannot be joined with examples")
+                raise BadFile(f"{path} holds texts, where only examples are read")
             check_white_space(example.prompt + example.completion, path)
             examples.append(example)
     return examples
@@ -1454,7 +1454,8 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the device multiplies it, fp16 on older CUDA cards, else fp32."""
     if name not in ("auto", *PRECISIONS):
-        raise ValueError(f"precision is {name!r}; it must be auto, fp32, bf16 or fp16")
+        kinds = "auto, fp32, bf16 or fp16; generate and eval know int8, too"
+        raise ValueError(f"precision is {name!r}; it must be {kinds}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -3145,8 +3146,8 @@ EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, R
 def what_went_wrong(error: Exception) -> str | None:
     """One line for a person, about an error that is not a bug of this program; None for a bug."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # a stream has no file name
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
         return text
     # PyTorch has no exception class for this on a CPU: its text is all there is.
