@@ -9,7 +9,7 @@ Part one is GPT-2: read it from here to "Part two", and you have met the model, 
 sampling, and nothing else. Part two makes it a program: data files, runs that can be interrupted,
 OpenAI's weights, fast CPUs, the command line. Read it when you need it.
 
-Letters in shapes, with their keys in a config (all keys: CONFIG, section 5): B batch, T tokens
+Letters in shapes, with their keys in a config (all keys: see CONFIG): B batch, T tokens
 (time; at most `context_length`), S tokens seen so far, C embedding width (`emb_dim`), H heads
 (`n_heads`), D width of a head (C / H), V vocabulary (`vocab_size`), L layers (`n_layers`). A
 comment `# (B, T, C)` is the shape of what its line makes.
@@ -288,7 +288,8 @@ class GPT2(nn.Module):
         Logits [b, t] are the scores of all tokens to follow idx[b, t]: softmax of them, the
         probabilities.
 
-        With a cache, one for each block, idx continues the tokens that the cache holds.
+        With a cache, one for each block, idx continues the tokens that the cache holds. ValueError
+        if these and idx are more than context_length.
         """
         past = cache[0].length if cache else 0
         end = past + idx.size(1)
@@ -313,11 +314,13 @@ class GPT2(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "GPT2":
         """The model of a checkpoint, of a run's folder or of a folder in Hugging Face format, or
-        OpenAI's `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`. It is in float32, in eval mode."""
+        OpenAI's `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`. It is in float32, in eval mode.
+        ValueError for what is no GPT-2, OSError for what cannot be found, read or downloaded."""
         return load_pretrained(name_or_path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and tokenizer as a new folder in Hugging Face format."""
+        """Write weights, config and tokenizer as a new folder in Hugging Face format. ValueError if
+        the folder holds anything."""
         save_hugging_face(self, Path(folder))
 
 
@@ -615,6 +618,9 @@ def train(
     """Train, and yield after each step a dict: its row of metrics.jsonl, `model`, `total_steps`,
     and where one was drawn a `sample`. Losses are in nats per token.
 
+    ValueError or OSError for what is wrong with config, data or folder, before the first step;
+    FloatingPointError if the loss is no longer finite; OSError if the last save failed.
+
     It is a generator: a step is taken when the caller asks for the next row, as in
     `for row in train(): print(row["train_loss"])`. So whoever calls it decides what to show and
     when to stop.
@@ -744,9 +750,9 @@ def next_token_probabilities(
 ) -> Tensor:
     """logits (B, V) -> probabilities (B, V). A temperature below 1 sharpens, above 1 flattens.
 
-    At temperature 0, the limit, the most probable token has all.
+    At temperature 0, the limit, the most probable token has all. top_k and top_p: see keep_top_k
+    and keep_top_p.
     """
-    # Dividing by 0 is undefined; the limit is the most probable token alone.
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
@@ -787,7 +793,7 @@ def generate(
     use_cache: bool = True,
     on_token: Callable[[Tensor], Any] | None = None,
 ) -> Tensor:
-    """Continue the prompts idx (B, T) -> (B, T + new), new at most `max_new_tokens`.
+    """Continue the prompts idx (B, T) -> (B, T + new), T at least 1, new at most `max_new_tokens`.
 
     Temperature 0 is greedy: always the most probable token. A row ends with the token `eos_id`
     ("end of sequence"), and is filled up with it while others go on. Generation ends when all rows
@@ -796,6 +802,8 @@ def generate(
     The window slides in halves. While the text fits the context, the model sees all of it. When
     the context is full, the model goes on from the last half, read anew: positions are absolute,
     so dropping one token would change the position of all others, and the cache with them.
+
+    ValueError for options that make no sense, and for logits that are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     context = model.config["context_length"]
@@ -811,8 +819,7 @@ def generate(
                 start = idx.size(1) - max(1, context // 2)
                 cache = None
 
-            # A cache has read all but the newest token. Without one, the model reads the whole
-            # window.
+            # A cache has read all but the newest token; without one, the whole window is read.
             unread = idx[:, start:] if cache is None else idx[:, -1:]
             if use_cache and cache is None:
                 cache = [KeyValueCache(context) for _ in model.blocks]
@@ -890,6 +897,7 @@ class Example(NamedTuple):
 
 # No token of GPT-2 reaches from a visible character into the white space after it. So a text may
 # be cut there, and its pieces have the tokens of the whole.
+# Only white space of which Python and the tokenizer say the same: to Python, \x1c is some, too.
 SAFE_CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
@@ -897,12 +905,10 @@ def read_text(path: Path) -> Iterator[str]:
     """A text in pieces of about a million characters. BadFile if it is not UTF-8."""
     rest = ""
     try:
-        # A byte order mark is not text; and Windows' line ends stay, or `eval` would miscount
-        # bytes.
-        with open(path, encoding="utf-8-sig", newline="") as file:  # line ends stay as they are
+        # A byte order mark is not text; Windows' line ends are, or `eval` would miscount bytes.
+        with open(path, encoding="utf-8-sig", newline="") as file:
             while block := file.read(1 << 20):
-                # Up to the last safe place, the block is done; what follows waits for the next
-                # block.
+                # Up to the last safe place, the block is done; the rest waits for the next block.
                 if cut := SAFE_CUT.match(block):
                     yield rest + cut.group()
                     rest = ""
@@ -920,6 +926,7 @@ def not_utf8(path: Path) -> BadFile:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
+                # Editors on Windows offer UTF-16 as "Unicode": so it is the likeliest mistake.
                 utf16 = line.startswith((b"\xff\xfe", b"\xfe\xff"))
                 problem = "UTF-16" if utf16 else f"not UTF-8: 0x{line[error.start]:02x}"
                 where = f"{path}, line {number}, byte {error.start + 1}"
@@ -947,6 +954,7 @@ def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
 def read_table(file: IO[str], delimiter: str) -> Iterator[tuple[str, Any]]:
     """(place, record) for each row of a table whose first row names the columns."""
     # Not split by hand: a quoted value may hold delimiters and line ends.
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 131,072 characters
     rows = csv.DictReader(file, delimiter=delimiter)
     for row in rows:
         if None in row:  # where DictReader puts what has no column
@@ -989,31 +997,36 @@ def as_pair(record: dict) -> Example:
     """A prompt and its completion; with `"end": false`, the text goes on after it."""
     # A table has no booleans: its "false" is a text.
     end = record.get("end", True) not in (False, "false")
-    return Example(text_of(record, "prompt"), text_of(record, "completion"), end)
+    completion = text_of(record, "completion")
+    if not completion and not end:
+        raise BadFile("'completion' is empty, and \"end\" is false: nothing is to be predicted")
+    return Example(text_of(record, "prompt"), completion, end)
 
 
 def as_instruction(record: dict) -> Example:
     """An instruction in the words of Alpaca, Dolly, or question and answer."""
-    context = {key: record.get(key) or "" for key in ("input", "context")}
-    prompt = instruction_prompt(
-        text_of(record, "instruction", "question"),
-        text_of(context, "input") or text_of(context, "context"),
-    )
+    # Alpaca says `input`, Dolly `context`; where an instruction needs none, it is empty or null.
+    given = {key: value for key, value in record.items() if value not in (None, "")}
+    context = text_of(given, "input", "context", default="")
+    prompt = instruction_prompt(text_of(record, "instruction", "question"), context)
     return Example(prompt, text_of(record, "output", "response", "answer"))
 
 
 def as_question(record: dict) -> Example:
     """A question with choices, like HellaSwag's; `answer` is the place of the right one, from 0."""
     choices, answer = record["choices"], record["answer"]
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise BadFile("'choices' must be a list of texts")
+    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not texts or "" in choices:
+        raise BadFile("'choices' must be a list of texts, none of them empty")
+    # Not isinstance: to Python, True is an int.
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise BadFile(f"'answer' is {answer!r}; it must be from 0 to {len(choices) - 1}")
     return Example(text_of(record, "prompt"), choices[answer], False, tuple(choices))
 
 
-# In this order, since a row with a text and a label would pass as a text alone, too.
-RECORD_KINDS: dict[tuple[str, ...], Callable[[dict], Example | str]] = {  # the first that fits
+# The first that fits counts: a row with a text and a label would pass as a text alone, too. A label
+# gets a space before it, since GPT-2's tokens of words begin with one.
+RECORD_KINDS: dict[tuple[str, ...], Callable[[dict], Example | str]] = {
     ("prompt", "choices", "answer"): as_question,
     ("prompt", "completion"): as_pair,
     ("instruction", "output"): as_instruction,
@@ -1038,9 +1051,10 @@ def parse_record(place: str, record: Any) -> Example | str:
 
 
 def read_records(path: Path) -> Iterator[Example | str]:
-    """The examples or the documents of a file of records."""
+    """The examples or the documents of a file of records. BadFile says where one is wrong."""
     count = 0
     try:
+        # A quoted value of a table may hold line ends of any kind: none is translated.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for place, record in RECORD_FORMATS[path.suffix.lower()](file):
                 count += 1
@@ -1049,6 +1063,7 @@ def read_records(path: Path) -> Iterator[Example | str]:
         raise not_utf8(path) from error
     except (BadFile, json.JSONDecodeError, csv.Error, RecursionError) as error:
         raise BadFile(f"{path}: {error}") from error
+
     if count == 0:
         raise BadFile(f"{path} holds no records")
 
@@ -1061,13 +1076,18 @@ def find_files(data: str) -> list[Path]:
     found: list[Path] = []
     # A name with a comma may be one file; otherwise commas separate several.
     for name in [data] if Path(data).exists() else data.split(","):
+        # `if name`: Path("") would be the current folder.
         places = [path for path in (Path(name), HERE / name) if name and path.exists()]
         if not places:
             raise FileNotFoundError(f"there is no file {name!r}: give a text or a file of examples")
+
+        # Sorted: file systems list in different orders, and a resumed run needs the same one. A
+        # folder's hidden files, as .DS_Store, are not meant as data; one that is named is.
         for path in sorted(places[0].rglob("*")) if places[0].is_dir() else places[:1]:
             hidden = any(part.startswith(".") for part in path.relative_to(places[0]).parts)
             if path.is_file() and not hidden:
                 found.append(path)
+
     if not found:
         raise FileNotFoundError(f"the folder {data} holds no files")
     return found
@@ -1097,13 +1117,15 @@ def text_pieces(files: Sequence[Path]) -> Iterator[str]:
         for j, piece in enumerate(read_pieces(path)):
             if isinstance(piece, Example):
                 raise BadFile(f"{path} holds examples, where only texts are read")
+            # A document is a file, or a record of one; the pieces of a text belong together.
             begins = (j == 0 and i > 0) or (j > 0 and records)
             yield (END_OF_TEXT if begins else "") + check_white_space(piece, path)
 
 
 def check_white_space(text: str, source: str | Path) -> str:
-    """The text, unless the tokenizer would die of it: it cannot take a million blanks in a row."""
-    # It panics, and a panic cannot be caught as an Exception.
+    """The text. BadFile if the tokenizer would fail: it cannot take a million blanks in a row."""
+    # Its message would name no file, and older versions panic, which is no Exception in Python.
+    # No run escapes by being cut: a piece of a text ends with a visible character (see SAFE_CUT).
     if run := re.search(r"\s{200000}", text):
         before = text[max(0, run.start() - 30) : run.start()]
         raise BadFile(f"{source}: over 200,000 white-space characters in a row, after {before!r}")
@@ -1111,7 +1133,8 @@ def check_white_space(text: str, source: str | Path) -> str:
 
 
 def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
-    """Write the tokens of texts as uint16, 2 bytes a token, by all cores, in constant memory."""
+    """Write the tokens of texts as uint16, 2 bytes a token (all 50,257 ids fit), by all cores, in
+    constant memory. BadFile if there are none."""
     encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
     started, count = time.perf_counter(), 0
     pieces = text_pieces(files)
@@ -1133,6 +1156,7 @@ def map_tokens(path: Path) -> Tensor:
         raise BadFile(f"{path} has {size} bytes: not tokens of two bytes each")
     # Mapped, not read: a corpus larger than the memory can be trained on.
     tokens = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    # Files of other tokenizers show it early; looking at all tokens would read the whole file.
     if (highest := int(tokens[: 1 << 20].int().max())) >= CONFIG["vocab_size"]:
         raise BadFile(f"{path} holds token {highest}: these are not GPT-2's tokens")
     return tokens
@@ -1151,14 +1175,20 @@ def load_examples(files: Sequence[Path]) -> list[Example]:
 
 
 def read_data(data: str) -> Tensor | list[Example]:
-    """A `data` setting as the tokens of a text, uint16, or as examples."""
+    """A `data` setting as the tokens of a text, uint16, or as examples.
+
+    BadFile for a file that cannot be used, FileNotFoundError where there is none.
+    """
     files = find_files(data)
     if len(files) == 1 and files[0].suffix.lower() == ".bin":
         return map_tokens(files[0])
+    # The first record decides, and the others must agree. Even an empty text has one piece.
     if isinstance(next(read_pieces(files[0])), Example):
         return load_examples(files)
+
     buffer = io.BytesIO()
     tokenize(files, buffer)
+    # Not `getvalue`, which would copy them all, into memory that PyTorch warns is read-only.
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint16)
 
 
@@ -1170,7 +1200,7 @@ class TextDataset(GPTDataset):
     """A text to train on or to measure."""
 
     def for_epoch(self, seed: int) -> GPTDataset:
-        """Windows that are cut elsewhere than in other epochs, or the cuts would be learnt."""
+        """Windows cut elsewhere than in other epochs: else a token would have one context only."""
         # An offset is never 0, so that each epoch has the same number of windows.
         offset = 1 + seed % self.stride
         return GPTDataset(self.token_ids, self.context_length, self.stride, offset)
@@ -1180,9 +1210,11 @@ class TextDataset(GPTDataset):
         context = self.context_length
         stride = min(stride or context, context)
         scored = 0
+        # The last window is the first one that reaches the end, and may be shorter than the others.
         for start in range(0, max(1, len(self.token_ids) - 1 - context + stride), stride):
             window = self.token_ids[start : start + context + 1].long()
             y = window[1:].clone()
+            # Never negative, as no stride is longer than a window: so no target is left out.
             y[: scored - start] = IGNORE_INDEX
             scored = start + len(y)
             yield window[:-1], y
@@ -1204,11 +1236,15 @@ class TextDataset(GPTDataset):
         return []
 
     def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
-        """Bits per byte, and the perplexity of a word, as `str.split` counts words."""
+        """Bits per byte, and the perplexity of a word, as `str.split` counts words.
+
+        Unlike the loss of a token, both compare models whose tokenizers differ.
+        """
         count = len(self.token_ids) - 1
         # The first token is not predicted, so its bytes do not count either.
         text = decoded(self.token_ids[1:])
         words = max(1, len(text.decode("utf-8", errors="replace").split()))
+        # exp(710) is above the largest float, and would raise OverflowError.
         return {
             "tokens": count,
             "bits_per_byte": loss * count / math.log(2) / max(1, len(text)),
@@ -1218,7 +1254,8 @@ class TextDataset(GPTDataset):
 
 class CompletionDataset(list):
     """Examples as items (x, y) of any length; y is -100 in the prompt, so that only completions
-    and the closing `<|endoftext|>` count. What is longer than the context loses its beginning."""
+    and the closing `<|endoftext|>` count. What is longer than the context loses its beginning.
+    ValueError for a completion that is longer."""
 
     def __init__(self, examples: Sequence[Example | tuple[str, str]], context_length: int):
         self.examples = [Example(*example) for example in examples]
@@ -1238,7 +1275,10 @@ class CompletionDataset(list):
         """x (T,) and y (T,), which is x shifted by one, and -100 in the prompt."""
         encode = functools.partial(load_tokenizer().encode, allowed_special="all")
         end = load_tokenizer().eot_token
+        # Apart, as in use: the prompt is all that is known when the first token is drawn. Where it
+        # is empty, the end of another text stands before it.
         prompt = encode(example.prompt) or [end]
+        # Some data write the end out: it is not to come twice.
         completion = encode(example.completion.removesuffix(END_OF_TEXT)) + [end] * example.end
         # The last token of the prompt predicts the first of the completion.
         y = [IGNORE_INDEX] * (len(prompt) - 1) + completion
@@ -1279,10 +1319,12 @@ class CompletionDataset(list):
         if all(example.choices for example in self.examples):
             return report | choice_accuracy(model, self)
 
+        # Those of the training set first: a small set to measure may lack some of them.
         if labels := labels or self.labels():
             truth = [example.completion for example in self.examples]
             right = map(str.__eq__, classify(model, self, labels), truth)
             report["accuracy"] = sum(right) / len(truth)
+            # What always the same answer would get: an accuracy means something above that.
             report["majority"] = max(map(truth.count, set(truth))) / len(truth)
             if unknown := sorted(set(truth) - set(labels)):
                 log.info(f"labels    not in the training set: {', '.join(map(repr, unknown))}")
@@ -1337,7 +1379,11 @@ def choice_accuracy(model: GPT2, dataset: CompletionDataset) -> dict:
 
 
 def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
-    """The share of examples of whose completion every token is the most probable."""
+    """The share of examples of whose completion every token is the most probable one.
+
+    Each is predicted from the true tokens before it. So a completion counts that greedy generation
+    would write, and all are measured by one pass, not token by token.
+    """
     right = 0
     with evaluating(model):
         for x, y in scoring_batches(dataset):
@@ -1356,11 +1402,16 @@ def evaluation_set(data: Tensor | list[Example], context_length: int, name: str)
 
 
 def load_data(config: dict) -> tuple[Any, Any]:
-    """The data sets of a config, to train on and to validate on (or None)."""
+    """The data sets of a config, to train on and to validate on (or None).
+
+    ValueError, also BadFile, if the data cannot be used or leaves nothing to train on.
+    """
     name, context = config["data"], config["context_length"]
     data = read_data(name)
     n_val = 0 if config["val_data"] else math.ceil(len(data) * config["val_fraction"])
-    if isinstance(data, list):  # files of examples may be sorted: hold back random ones
+    # Examples are held back at random, since their files may be sorted. Of a text it is the end:
+    # windows picked at random would share tokens with those that are trained on.
+    if isinstance(data, list):
         order = order_of_epoch(len(data), mix_seeds(config["seed"], 0))
         data = [data[i] for i in order.tolist()]
     else:
@@ -1382,7 +1433,8 @@ def load_data(config: dict) -> tuple[Any, Any]:
 
 # ---- 9. Runs: checking a config, the machine, the state of a run, whole files, going on ----
 
-LIMITS: dict[str, tuple[float, float]] = {  # the smallest and the largest value of a number
+# The smallest and the largest value of a number: the last line that names a key counts.
+LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(CONFIG, (0, 10**9)),
     **dict.fromkeys((*SIZE_KEYS, "batch_size", "grad_accumulation"), (1, 10**6)),
     "dropout_rate": (0, 0.99),
@@ -1401,10 +1453,12 @@ def check_value(key: str, value: Any) -> Any:
         value = value.item()
     if kind is float and type(value) is int:
         value = float(value)
+    # Not isinstance: True is an int, and would pass as 1.
     if type(value) is not kind:
         raise ValueError(f"{key} is {value!r:.80}; it must be {KIND_NAMES[kind]}")
 
     low, high = LIMITS[key]
+    # Said with `not`, it refuses NaN, too, of which every comparison is false.
     if kind in (int, float) and not low <= value <= high:
         raise ValueError(f"{key} is {value}; it must be from {low:g} to {high:g}")
     return value
@@ -1433,6 +1487,7 @@ def check_given(given: dict) -> dict:
 # The machine: the only place that knows about ranks, DDP and loss scaling.
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The scaler's factor begins at 2^16 and is halved each time: 20 times, and it is not to blame.
 MAX_SKIPPED_STEPS = 20
 
 
@@ -1461,6 +1516,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         # Compute capability 8.0 (Ampere) is the first that multiplies bf16.
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    # A CPU without such instructions computes bf16 by way of fp32, and slower.
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
@@ -1481,12 +1537,14 @@ class Machine:
             cuda = self.device.type == "cuda"
             if cuda:
                 torch.cuda.set_device(self.device)
+            # Gradients lie on the GPU and go by NCCL; Machine.sum adds on the CPU, by Gloo.
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.rank = process_rank()
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
         # Small gradients are 0 in fp16. The scaler multiplies the loss, so that they are not,
-        # divides the gradients again, and skips a step in which they overflowed.
+        # divides the gradients again, and skips a step in which they overflowed. Where it is not
+        # enabled, it passes everything through.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.skipped = 0  # steps in a row
 
@@ -1505,7 +1563,8 @@ class Machine:
         for i, (x, y) in enumerate(batches):
             if self.device.type == "cuda":  # pinned memory travels while the GPU computes
                 x, y = x.pin_memory(), y.pin_memory()
-            # Exchanging after every batch would be as right, and slower.
+            # Exchange once: one process may have a batch more than another, and wait for ever.
+            # The caller's forward and backward run while this is at `yield`, inside no_sync.
             later = self.world > 1 and i < len(batches) - 1
             with network.no_sync() if later else contextlib.nullcontext():
                 yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -1570,14 +1629,17 @@ def free_memory(device: torch.device) -> float:
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Let `write` fill a file that then takes the name `path`: it is whole, or as it was before."""
+    """Let `write` fill a file that then takes the name `path`: it is whole, or as it was before.
+
+    OSError, with the disk's reason, if it cannot be written.
+    """
+    # In the same folder, for renaming is one step only within a file system.
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
-        # All or nothing: whoever reads finds the old file or the new one.
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         reason = error.__context__ or error  # torch.save hides what the disk said
@@ -1621,6 +1683,8 @@ def load_pickled(path: Path, mmap: bool = True) -> Any:
 
 SECONDS_BETWEEN_SAVES = 600
 SPLIT_KEYS = ("val_fraction", "max_val_tokens", "stride")  # which windows there are, and where
+# A resumed run refuses other values of these. (An optimizer's state holds its weight_decay, and so
+# would silently undo a change.) Others, as the learning rate, may change, and that is said.
 MUST_STAY = (*MODEL_KEYS, *SPLIT_KEYS, "weight_decay", "grad_clip", "seed", "precision")
 # A higher rate would destroy in a few steps what the model knows.
 INIT_RECIPE = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}
@@ -1667,7 +1731,8 @@ class Run:
         if self.config["compile"]:
             log.info("compile   the first steps take a minute")
         while self.step < self.last_step:
-            patience = self.config["patience"]  # of all processes: they must stop together
+            # The mean, so that all stop together: after a failed save, the first counts otherwise.
+            patience = self.config["patience"]
             if patience and self.machine.sum(self.stale) >= patience * self.machine.world:
                 log.info(f"stopped   {self.stale} measurements brought no lower validation loss")
                 return
@@ -1691,6 +1756,7 @@ class Run:
         seconds = time.perf_counter() - self.step_began
         tokens = self.machine.sum(sum(x.numel() for x, _ in batches))
         targets = self.machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
+
         self.step += 1
         self.tokens_seen += int(targets)
         return {
@@ -1762,10 +1828,12 @@ class Run:
         try:
             # best.pt first: if the machine dies between the two, last.pt names an older best.
             checkpoint = self.checkpoint()
+            # Written now or not at all: after the next step these weights are gone.
             if self.best_val_loss < math.inf and self.best_step == self.step:
                 save_checkpoint(self.folder / "best.pt", checkpoint)
                 self.saved_best = (self.best_val_loss, self.best_step)
-            if self.best_val_loss == math.inf:  # best.pt is of a run that this one replaces
+            # Not of this run, but of one that it replaces; find_model would prefer it to last.pt.
+            if self.best_val_loss == math.inf:
                 (self.folder / "best.pt").unlink(missing_ok=True)
 
             os.fsync(self.metrics.fileno())  # last.pt is not to be ahead of its rows
@@ -1774,7 +1842,8 @@ class Run:
             save_checkpoint(self.folder / "last.pt", checkpoint)
         except OSError as error:
             self.failed = True
-            self.best_val_loss, self.best_step = self.saved_best  # a later one may be as good
+            # A measurement counts as lowest if it is lower than that of the best.pt on the disk.
+            self.best_val_loss, self.best_step = self.saved_best
             log.warning(f"step {self.step} was not saved: {error}")
 
     def finish(self) -> None:
@@ -1789,6 +1858,7 @@ class Run:
                 write_file(self.folder / "loss.png", draw)
             except (ImportError, OSError, ValueError) as error:
                 log.warning(f"loss.png was not drawn: {error}")
+
         self.machine.wait()  # no process leaves before the first has saved
         if self.failed:
             raise OSError(f"step {self.step}, the last, is not saved in {self.folder}")
@@ -1797,6 +1867,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        # GeneratorExit is what `close` raises at the yield of `train`, between two steps. After any
+        # other error a step may be half done: the last save is better than these weights.
         try:
             if kind in (None, GeneratorExit) and self.step > 0:
                 self.finish()
@@ -1815,6 +1887,7 @@ def plot_losses(metrics: Path, file: IO[bytes]) -> None:
 
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
+    # Two colours that the colour-blind can tell apart, too (Okabe and Ito, 2008).
     axes.plot(*zip(*trained, strict=True), color="#0072B2", label="training")
     if measured:
         step, lowest = min(measured, key=lambda point: point[1])
@@ -1833,11 +1906,12 @@ def lock(file: IO[bytes]) -> None:
 
     BlockingIOError or PermissionError if another process holds it.
     """
-    # A file as a lock would outlive a killed process; this lock cannot.
+    # A file whose existence is the lock would outlive a killed process; this lock cannot.
     if os.name == "nt":
         import msvcrt
 
-        file.seek(2**30)  # a byte that nobody reads
+        # Windows lets nobody read a locked byte: so it is one far behind the file's end.
+        file.seek(2**30)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         import fcntl
@@ -1853,13 +1927,16 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
     holds_run = any((folder / name).exists() for name in ("last.pt", "best.pt"))
     if holds_run and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run: give --resume, --overwrite or another --out")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The same file proves that the folder can be written, and holds the lock.
+        # It proves that the folder can be written, and holds the lock. Opened to append, since it
+        # may be another process's: it is emptied once the lock is held and all else is checked.
         metrics = open(folder / "metrics.jsonl", "a+b")  # noqa: SIM115, the run closes it
     except OSError as error:
         problem = f"cannot write into {folder}: {error.strerror}"
         raise OSError(f"{problem}; give another --out") from error
+
     try:
         lock(metrics)
     except (BlockingIOError, PermissionError) as error:
@@ -1902,8 +1979,10 @@ def new_config(given: dict, source: GPT2 | None) -> dict:
     """The config of a new run, from a model or from nothing."""
     config = CONFIG | given
     if source is not None:
+        # Of two values of a key the later counts: what was given overrules all others.
         fixed = {key: source.config[key] for key in MODEL_KEYS if key != "dropout_rate"}
         config = CONFIG | INIT_RECIPE | fixed | given
+
         # A shorter context uses the first positions of the model.
         longest = fixed.pop("context_length")
         if config["context_length"] > longest:
@@ -1911,6 +1990,7 @@ def new_config(given: dict, source: GPT2 | None) -> dict:
         for key in fixed:
             if config[key] != fixed[key]:
                 raise ValueError(f"{key} of the init model is {fixed[key]}: leave {key} out")
+
     if config["vocab_size"] < CONFIG["vocab_size"]:
         raise ValueError(f"vocab_size {config['vocab_size']} is below the 50257 tokens of GPT-2")
     return check_config(config)
@@ -1940,9 +2020,11 @@ def load_run(path: Path) -> dict:
     if "version" not in checkpoint:
         advice = f"go on with --init {path} and another --out"
         raise BadFile(f"{path} is of an earlier version, which cut its data differently: {advice}")
+
     for key in STATE:
         value = checkpoint.get(key, -1)
-        if type(value) is not type(getattr(Run, key)) or not value >= 0:  # as Run's default is
+        # Of the kind of Run's default, and not below 0, which is false for NaN, too.
+        if type(value) is not type(getattr(Run, key)) or not value >= 0:
             raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
     if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
         raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
@@ -1950,7 +2032,8 @@ def load_run(path: Path) -> dict:
 
 
 def make_model(config: dict, source: GPT2 | None) -> GPT2:
-    """A new model, or a copy of `source`, whose context may be longer."""
+    """A new model, or a copy of `source`, whose context may be longer: its first positions are
+    taken. ValueError if `source` has frozen parameters."""
     torch.manual_seed(config["seed"])
     if source is None:
         return GPT2(config)
@@ -1965,16 +2048,20 @@ def make_model(config: dict, source: GPT2 | None) -> GPT2:
 def restore(run: Run, checkpoint: dict) -> None:
     """Bring a run to the state of its checkpoint. ValueError where the two do not fit."""
     last = f"{run.folder}/last.pt"
+    # The first process alone has read the data once more, for their digest.
     if run.machine.rank == 0 and checkpoint["data_sha256"] != run.data_sha256:
         advice = f"give that, or begin a new run with --init {last} and another --out"
         raise ValueError(f"{run.config['data']} is not what this run was trained on: {advice}")
+
     if checkpoint["items_per_step"] != run.items_per_step:
         old = checkpoint["items_per_step"]
         rule = f"batch_size × grad_accumulation × processes must stay {old} in a resumed run"
         raise ValueError(f"{rule}, and would be {run.items_per_step}")
+
     for key in STATE:
         setattr(run, key, checkpoint[key])
     run.saved_best = (run.best_val_loss, run.best_step)
+
     if run.step >= run.last_step:
         advice = f"--max_steps 0 goes on to the end, step {run.total_steps}"
         if run.step >= run.total_steps:
@@ -1988,7 +2075,8 @@ def restore(run: Run, checkpoint: dict) -> None:
         run.machine.scaler.load_state_dict(checkpoint["scaler"])
         for parameter, state in run.optimizer.state.items():
             layout = (parameter.shape, parameter.stride())
-            for value in state.values():  # a fused step would write past a moment that is smaller
+            # PyTorch compares no shapes: a fused step would write past a moment that is smaller.
+            for value in state.values():
                 if value.dim() > 0 and (value.shape, value.stride()) != layout:
                     raise ValueError("a moment and its parameter differ in shape")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -2014,6 +2102,7 @@ def start_run(
     if out == "":
         raise ValueError("out is an empty name: give a folder")
     folder = Path(out) if out is not None else None
+
     # Values, files and folder first: a mistake is not to be found after a long download.
     given = check_given(given)
     checkpoint = load_run(folder / "last.pt") if resume and folder else {}
@@ -2040,6 +2129,7 @@ def start_run(
         digest = fingerprint(files) if machine.rank == 0 else ""
         run = Run(config, folder, metrics, machine, model, train_set, val_set, digest)
 
+        # Only now are the rows of a run that is replaced lost: a mistake until here left it whole.
         if resume:
             restore(run, checkpoint)
         elif metrics:
@@ -2070,6 +2160,7 @@ CONFIG_NAMES = {  # ours -> Hugging Face's
 }
 FIXED_CONFIG: dict[str, tuple] = {  # what a config.json may say; the first where it says nothing
     "model_type": ("gpt2",),
+    # Three names of one function, the one of FeedForward.
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -2084,7 +2175,8 @@ BLOCK_NAMES = {  # of each block: ours -> theirs
     "feed_forward.expand": "mlp.c_fc",
     "feed_forward.projection": "mlp.c_proj",
 }
-TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")  # theirs that are stored input × output
+# Theirs that are stored input × output: OpenAI's code multiplies x @ W, nn.Linear x @ W.T.
+TRANSPOSED = re.compile(r".*\.c_(attn|proj|fc)\.weight")
 
 
 def hugging_face_names(n_layers: int) -> dict[str, str]:
@@ -2103,6 +2195,7 @@ class SkipInitialisation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # On the meta device, normal_ imports torch._dynamo: a whole second, to draw nothing.
+        # It hands its tensor on by name, and what is to be returned is that tensor.
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
@@ -2126,6 +2219,7 @@ def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = Fa
         raise ValueError(f"n_layers is {config['n_layers']}, but there are {len(weights)} tensors")
     with shapes_only():
         model = GPT2(config)
+
     expected = dict(model.named_parameters())
     weights = {name: tensor for name, tensor in weights.items() if name != "head.weight"}
     if zero_biases:
@@ -2141,7 +2235,8 @@ def build_model(config: dict, weights: dict[str, Tensor], zero_biases: bool = Fa
             raise ValueError(f"{name} is {list(tensor.shape)}, by the config it is {wanted}")
         # Memory of its own: the file may change, and its layout may be another.
         copies[name] = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
-    # `assign` puts the copies in place of shapes without memory, which unties the head.
+    # `assign` puts the copies in place of shapes without memory, which unties the head. Not strict,
+    # for the head has no copy; that no other name is missing was checked above.
     model.load_state_dict(copies, strict=False, assign=True)
     model.head.weight = model.token_embedding.weight
     return model
@@ -2177,6 +2272,7 @@ def model_from_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
         names.get(name, name): tensor.t() if transposed and TRANSPOSED.match(name) else tensor
         for name, tensor in found.items()
     }
+    # nanoGPT can train without biases, which is the same as with biases of 0.
     return build_model(config, weights, zero_biases=not transposed)
 
 
@@ -2203,6 +2299,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             size = path.stat().st_size
             data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
             tensors = {}
+
+            # Of a file that was cut off, a slice is too short for its shape: that is an error.
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
                 raw = data[begin + start : begin + end].clone()  # aligned, as it need not be there
@@ -2215,6 +2313,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
     """Write float32 tensors as `read_safetensors` reads them."""
+    # "pt", for PyTorch, is what `transformers` looks for before it reads on.
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -2248,6 +2347,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in shards]
         if found := sorted(folder.glob(name.replace(".", "-*."))):  # shards without an index
             return found
+
     tensorflow = any("tf_model" in file.name or ".ckpt" in file.name for file in folder.iterdir())
     kind = "weights of TensorFlow only" if tensorflow else "no model.safetensors"
     raise BadFile(f"{folder} holds {kind}: give a folder that `transformers` saved with PyTorch")
@@ -2308,6 +2408,7 @@ def download(name: str) -> GPT2:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         log.info(f"download  {url}")
+        # It loads into a file beside and renames it: a broken download leaves nothing at `path`.
         try:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except OSError as error:
@@ -2324,6 +2425,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
     for found in (path / "best.pt", path / "last.pt"):
         if found.exists():
             return found
+
     named = str(path) in OPENAI_SIZES
     if named and path.is_dir() and not (path / "config.json").exists():
         raise BadFile(f"a folder {path} that is no model hides OpenAI's {path}: rename it")
@@ -2441,10 +2543,12 @@ class FewRowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.size(-1)
+        # Of a product of many rows PyTorch gives each core a part itself.
         if rows > 128:
             return F.linear(x, self.weight, self.bias)
+
         pieces = self.pieces  # (pieces, out / pieces, in)
-        # The same rows for every piece; `expand` copies nothing.
+        # Every piece multiplies the same rows.
         same = x.reshape(rows, -1).expand(len(pieces), -1, -1)  # (pieces, rows, in), not copied
         if rows > 4:
             out = torch.baddbmm(self.piece_bias, same, pieces.mT)  # (pieces, rows, out / pieces)
@@ -2503,12 +2607,15 @@ def speed_up(model: GPT2, precision: str) -> GPT2:
     swap = {"fp32": FewRowsLinear, "int8": Int8Linear}.get(precision)
     if swap is None:
         return model
+
     # A small fp32 matrix stays in the cores' caches: cutting it up costs more than it gains.
     smallest = 100_000 if precision == "fp32" else 0
+    # A list, since modules are replaced while they are visited.
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.weight.numel() >= smallest:
                 setattr(module, name, swap(child))
+
     if isinstance(model.head, Int8Linear):  # one matrix does both, as before
         model.token_embedding = Int8Embedding(model.head)  # type: ignore[assignment]
     return model
@@ -2535,6 +2642,8 @@ def give_back_memory() -> None:
 
 def printable(text: str) -> str:
     """Text that cannot command a terminal: control characters are written out."""
+    # Not only escape, \x1b: \x9b begins commands, too, and \r lets a text hide what is before it.
+    # Tab and line end stay.
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -2569,7 +2678,8 @@ class Notes(logging.Handler):
             if record.name != progress.name:
                 self.clear()
                 print(text, file=sys.stderr, flush=True)
-            elif sys.stderr.isatty():  # a line that wraps could not be taken away again
+            elif sys.stderr.isatty():
+                # A line that wraps could not be taken away again: `\r\x1b[K` clears one row.
                 width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
                 print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
                 self.live = True
@@ -2599,6 +2709,7 @@ class Stop:
         """Remember the signal; the run is stopped after its step."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        # Not `print`: the signal may have come inside one, and a buffer is not entered twice.
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended `| tee`
             os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
 
@@ -2622,6 +2733,7 @@ def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
     )
     if seconds_left > 0:  # unknown at the first step
         line += f"  {duration(seconds_left)} left"
+
     if not row.get("sample"):
         progress.info(line)
         return
@@ -2657,22 +2769,27 @@ def run_train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for count, row in enumerate(run, start=1):
         stop = stop or Stop()  # before the first step, there is nothing to save
+
         # Means of the last twenty: single steps jump, and the first holds the start-up, too.
         rates = [*rates[-19:], row["tokens_per_second"]]
         times = [*times[-20:], time.monotonic()]
         pace = (times[-1] - times[0]) / max(1, len(times) - 1)  # seconds a step
         seconds_left = pace * (row["total_steps"] - row["step"])
         show_step(row, rates, seconds_left)
+
         if count == 10 and seconds_left > 86400:
             advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
             log.warning(f"time      this run takes {duration(seconds_left)}: {advice}")
-        # All processes stop at the same step, whichever of them got the signal.
+
+        # All processes stop at the same step, whichever of them got the signal. After the last step
+        # the run ends and saves anyway.
         if Machine.sum(stop.signal) > 0 and row["step"] < row["total_steps"]:
             run.close()  # which saves
             log.info(f"saved step {row['step']}; go on with: {resume_command(args.out)}")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))  # 0: another process got it
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is saved
+    # All is saved, so there is nothing to finish: a signal ends what comes now at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     if process_rank() == 0:
         close_run(args, time.monotonic() - started)
@@ -2693,14 +2810,20 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
     prompt: list[str] = []
     file = find_files(state["config"]["data"])[0]
     first = next(read_records(file)) if file.suffix.lower() in RECORD_FORMATS else ""
+
     if isinstance(first, Example):
+        # What `eval` would say of this model, with the settings of the run.
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
+
+        # The first prompt is a good one to try. An instruction is taken out of its frame, which
+        # --instruct puts around it again; `--` lets a prompt begin with a dash.
         frame = r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$"
         asked = re.search(frame, first.prompt, re.DOTALL)
         text = asked[1] if asked else first.prompt
         prompt = ["--instruct", f"--input={asked[2] or ''}"] if asked else []
         prompt += ["--", text] if text.startswith("-") else [text]
+
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
     log.info(f"next      {shlex.join(words)}")
 
@@ -2771,6 +2894,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     if args.prompts:
         path = Path(args.prompts)
         lines = sys.stdin.read() if args.prompts == "-" else "".join(read_text(path))
+        # Not `splitlines`, which also cuts at characters that may stand inside a prompt.
         for number, line in enumerate(filter(str.strip, lines.split("\n")), start=1):
             if line.lstrip().startswith("{"):
                 try:
@@ -2807,9 +2931,11 @@ def sampling_options(args: argparse.Namespace) -> dict:
         raise ValueError("stop is an empty text: give some characters")
     if args.input and not args.instruct:
         raise ValueError("input belongs to an instruction: give --instruct, too")
+
     for name, most in (("max_tokens", 10**9), ("num_samples", 10**4)):
         if not 1 <= vars(args)[name] <= most:
             raise ValueError(f"{name} is {vars(args)[name]}; it must be from 1 to {most}")
+
     if draws and args.temperature > 0:
         return options
     if args.num_samples > 1:
@@ -2826,11 +2952,14 @@ def run_generate(args: argparse.Namespace) -> None:
     if not prompts:
         raise BadFile(f"{args.prompts} holds no prompts")
     model = load_for_use(args)
+
     if options["temperature"] > 0:
+        # Another text each time, and the seed is said: so that a good one can be had again.
         seed = args.given.get("seed", random.randrange(10**6))
         log.info(f"seed      {seed}")
         device = next(model.parameters()).device
         options["generator"] = torch.Generator(device).manual_seed(seed)
+
     for prompt in prompts:
         answer(model, prompt, args, options)
 
@@ -2856,6 +2985,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     before = "" if args.instruct or args.only_new else prompt
     streams = len(replies) == 1 and not args.json
 
+    # A file gets what the model wrote; a terminal must be protected from it.
     def write(text: str) -> None:
         print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
@@ -2868,6 +2998,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
             progress.info(f"tokens so far: {max(reply.tokens for reply in replies)}")
         return all(reply.ended for reply in replies)
 
+    # A streamed prompt is seen at once, while the model still reads it.
     if streams:
         write(before)
     started = time.perf_counter()
@@ -2901,6 +3032,7 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
     checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
     labels = checkpoint.get("labels", [])
 
+    # With val_data, nothing of `data` was held back: all of it was trained on.
     trained = CONFIG | checkpoint.get("config", {})
     held_back = checkpoint and not args.all and not trained["val_data"]
     if held_back and checkpoint.get("data_sha256") == fingerprint(files):
@@ -2921,6 +3053,7 @@ def run_eval(args: argparse.Namespace) -> None:
     model = load_for_use(args)
     context = model.config["context_length"]
     dataset, labels = data_to_measure(args, context)
+    # Half a context overlaps: only at the beginning has a token fewer than that to be judged by.
     loss = evaluate(model, scoring_batches(dataset, args.stride or max(1, context // 2)))
     report = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     report |= dataset.figures(model, loss, labels)
@@ -2953,9 +3086,11 @@ def run_info(args: argparse.Namespace) -> None:
     """Say what a model is: its size, and how it came to be."""
     path = find_model(args.model)
     checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
+    # What OpenAI's names stand for is known without a download.
     config = OPENAI_SIZES[args.model] if path is None else GPT2.from_pretrained(path).config
     with shapes_only():
         count = GPT2(config).num_parameters()
+
     rows: dict[str, Any] = {"model": path or f"{args.model} of OpenAI", "parameters": f"{count:,}"}
     rows |= {key: config[key] for key in MODEL_KEYS}
     if "step" in checkpoint:
@@ -2965,6 +3100,7 @@ def run_info(args: argparse.Namespace) -> None:
         if checkpoint["best_val_loss"] < math.inf:
             rows["lowest validation"] = f"{checkpoint['best_val_loss']:.4f}"
         rows["version"] = checkpoint.get("version", "1")
+
     for name, value in rows.items():
         print(f"{name:<20}{printable(str(value))}")
 
@@ -3099,6 +3235,7 @@ def add_option(group: Any, key: str, meaning: str) -> None:
     else:
         how = {"type": type(default), "metavar": type(default).__name__.upper()}
     names = [f"--{key}", "--lr"] if key == "learning_rate" else [f"--{key}"]
+    # `is not`: a default of 0 equals False, and is to be shown.
     if default not in ("", None, []) and default is not False and "default" not in meaning:
         meaning += f" (default: {default})"
     group.add_argument(*names, default=argparse.SUPPRESS, help=meaning, **how)
@@ -3123,7 +3260,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command with their defaults; those that were given are in `.given`."""
-    # --learning-rate is --learning_rate; argparse itself makes --no-compile. Prompts stay.
+    # --learning-rate is --learning_rate; argparse itself makes --no-compile. A word with a space,
+    # or after a bare --, is a prompt and stays as it is.
     option = re.compile(r"(--(?:no-)?)([\w-]+)(?==|$)")
     end = list(words).index("--") if "--" in words else len(words)
     words = [
@@ -3132,6 +3270,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         else word
         for i, word in enumerate(words)
     ]
+
     # Only what was given is there: a resumed run must tell a default from a wish.
     given = vars(make_parser().parse_args(words))
     if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
@@ -3160,6 +3299,7 @@ def what_went_wrong(error: Exception) -> str | None:
 
 def give_up_output() -> None:
     """Let what is still to be printed go nowhere: nobody reads it, or the disk is full."""
+    # Python flushes standard output once more when it ends: it would fail again, and say so.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -3169,6 +3309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         print((__doc__ or "").partition("\n\nPart one")[0])
         return 0
+
     args = parse(words)
     log.addHandler(notes)
     log.setLevel(logging.INFO)
@@ -3177,6 +3318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     # Statuses as the shell gives them: 128 + the number of the signal.
+    # (BrokenPipeError is an OSError, too: it must come before EXPECTED.)
     except BrokenPipeError:  # as `| head -1` does
         give_up_output()
         return 141
@@ -3192,7 +3334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    # What was printed before may still have to come out, and fail: after the message.
+
+    # The message first: output that still waits in the buffer may fail again, as on a full disk.
     log.error(f"gpt2.py {args.command}: error: {message}")
     try:
         sys.stdout.flush()
@@ -3205,6 +3348,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115, a closed stream is None
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    # Whatever the locale: Windows' encodings, and C's, lack most characters that GPT-2 can write.
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     sys.exit(main())
