@@ -14,7 +14,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # threads only wait at this size; and every sum has one order
 
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -31,10 +30,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from statistics import fmean as mean
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import gpt2
@@ -50,6 +51,10 @@ long_test = pytest.mark.skipif(
 HERE = Path(__file__).resolve().parent
 VERDICT = (HERE / "the-verdict.txt").read_text(encoding="utf-8")
 END = 50256  # <|endoftext|>
+VOCABULARY = {  # OpenAI's files, under the names that `transformers` gives them
+    "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
 TINY = {
     "vocab_size": 61,
     "context_length": 8,
@@ -209,8 +214,9 @@ def save_model(model, path):
 
 def speaking(path, tokens, after=1):
     """Save a real model that says these tokens after a prompt of `after` tokens: only positions
-    decide what it says."""
-    model = gpt2.GPT2(SMALL | {"context_length": after + len(tokens) + 9, "emb_dim": 32})
+    decide what it says. Its vocabulary is padded, as many are."""
+    size = {"vocab_size": 50304, "context_length": after + len(tokens) + 9, "emb_dim": 32}
+    model = gpt2.GPT2(SMALL | size)
     kinds = sorted(set(tokens))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -249,31 +255,32 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+def sha256(path):
+    """The digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load(path):
     """A checkpoint, in memory of its own."""
     return gpt2.load_checkpoint(path, mmap=False)
 
 
-def assert_same_run(folder, reference, best=True):
+def assert_same_run(folder, reference):
     """Two folders hold the same metrics, weights and moments, and the same best weights."""
     assert numbers(metrics_of(folder)) == numbers(metrics_of(reference))
-    ours, theirs = load(folder / "last.pt"), load(reference / "last.pt")
-    assert all(
-        same(ours[key], theirs[key]) for key in ("step", "tokens_seen", "model", "optimizer")
-    )
-    if best:
-        ours, theirs = load(folder / "best.pt"), load(reference / "best.pt")
-        assert same(ours["step"], theirs["step"]) and same(ours["model"], theirs["model"])
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load(folder / name), load(reference / name)
+        for key in ("step", "tokens_seen", "model"):
+            assert same(ours[key], theirs[key]), (name, key)
+        assert same(ours.get("optimizer"), theirs.get("optimizer"))
 
 
 def words(config):
     """A config as words of the command line."""
-    flags = [
-        f"--{'' if config[key] else 'no-'}{key}"
-        for key in config
-        if config[key] in (True, False) and type(config[key]) is bool
+    return [
+        f"--{'' if value else 'no-'}{key}" if type(value) is bool else f"--{key}={value}"
+        for key, value in config.items()
     ]
-    return flags + [f"--{key}={value}" for key, value in config.items() if type(value) is not bool]
 
 
 # ---- One independent reference: GPT-2 with loops, in float64, under OpenAI's names ----
@@ -281,27 +288,23 @@ def words(config):
 
 def openai_weights(model):
     """The model's weights under the names of OpenAI's file, whose matrices are input × output."""
-    ours = model.state_dict()
-    theirs = {
-        "wte.weight": ours["token_embedding.weight"],
-        "wpe.weight": ours["position_embedding.weight"],
-    }
-    stems = {
-        "ln_1": "norm1",
-        "ln_2": "norm2",
-        "attn.c_attn": "attention.query_key_value",
-        "attn.c_proj": "attention.projection",
-        "mlp.c_fc": "feed_forward.expand",
-        "mlp.c_proj": "feed_forward.projection",
-    }
-    layers = range(model.config["n_layers"])
-    pairs = [
-        (f"h.{i}.{their}", f"blocks.{i}.{our}") for i in layers for their, our in stems.items()
-    ]
-    for their, our in [*pairs, ("ln_f", "final_norm")]:
+    ours, theirs = model.state_dict(), {}
+    names = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm"}
+    for i in range(model.config["n_layers"]):
+        names |= {
+            f"h.{i}.ln_1": f"blocks.{i}.norm1",
+            f"h.{i}.ln_2": f"blocks.{i}.norm2",
+            f"h.{i}.attn.c_attn": f"blocks.{i}.attention.query_key_value",
+            f"h.{i}.attn.c_proj": f"blocks.{i}.attention.projection",
+            f"h.{i}.mlp.c_fc": f"blocks.{i}.feed_forward.expand",
+            f"h.{i}.mlp.c_proj": f"blocks.{i}.feed_forward.projection",
+        }
+    for their, our in names.items():
         weight = ours[f"{our}.weight"]
-        theirs[f"{their}.weight"] = weight.t().contiguous() if weight.dim() == 2 else weight
-        theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
+        matrix = weight.dim() == 2 and their.startswith("h.")
+        theirs[f"{their}.weight"] = weight.t().contiguous() if matrix else weight
+        if their not in ("wte", "wpe"):
+            theirs[f"{their}.bias"] = ours.get(f"{our}.bias", weight.new_zeros(len(weight)))
     return theirs
 
 
@@ -329,15 +332,11 @@ def reference_logits(weights, n_heads, ids):
         for t, x in enumerate(stream):
             outputs = []
             for head in (slice(h * size, (h + 1) * size) for h in range(n_heads)):
-                query = parts[t][0][head]
-                scores = [
-                    (query @ key[head]).item() / math.sqrt(size) for _, key, _ in parts[: t + 1]
-                ]
+                query, seen = parts[t][0][head] / math.sqrt(size), parts[: t + 1]
+                scores = [(query @ key[head]).item() for _, key, _ in seen]
                 shares = [math.exp(score - max(scores)) for score in scores]
-                values = [value[head] for _, _, value in parts[: t + 1]]
-                outputs.append(
-                    sum(a / sum(shares) * v for a, v in zip(shares, values, strict=True))
-                )
+                taken = [share * seen[s][2][head] for s, share in enumerate(shares)]
+                outputs.append(sum(taken) / sum(shares))
             stream[t] = x + dense(torch.cat(outputs), block + "attn.c_proj")
         for t, x in enumerate(stream):
             hidden = dense(norm(x, block + "ln_2"), block + "mlp.c_fc")
@@ -345,9 +344,6 @@ def reference_logits(weights, n_heads, ids):
             stream[t] = x + dense(bent, block + "mlp.c_proj")
 
     return torch.stack([w["wte.weight"] @ norm(x, "ln_f") for x in stream])
-
-
-# ==== Part one ====
 
 
 # ==== Part one ====
@@ -402,32 +398,10 @@ class TestAttention:
     @cases("bias", [False, True])
     def test_queries_keys_and_values_have_biases_where_qkv_bias_says_so(self, bias):
         given = {"qkv_bias": True} if bias else {}  # where nothing is said, there are none
-        names = {f"{part}.weight" for part in ("query", "key", "value")}
-        names |= {name.replace("weight", "bias") for name in names if bias}
-        for head in (
-            gpt2.SelfAttention(6, 4, **given),
-            gpt2.CausalAttention(6, 4, 7, 0.0, **given),
-        ):
-            assert head.state_dict().keys() == names
-
-        many = gpt2.MultiHeadAttention(TINY | {"qkv_bias": bias})
-        assert (many.query_key_value.bias is not None) == bias
-        assert many.projection.bias is not None
-
-    @torch.no_grad()
-    def test_many_heads_are_single_heads_side_by_side_and_then_mixed(self):
-        many = gpt2.MultiHeadAttention(TINY)
-        matrices = many.query_key_value.weight.view(3, 3, 4, 12)  # query, key, value; head
-        biases = many.query_key_value.bias.view(3, 3, 4)
-        heads = [gpt2.CausalAttention(12, 4, 8, 0.0, qkv_bias=True) for _ in range(3)]
-        for h, head in enumerate(heads):
-            for i, layer in enumerate((head.query, head.key, head.value)):
-                layer.weight.copy_(matrices[i, h])
-                layer.bias.copy_(biases[i, h])
-
-        x = torch.randn(2, 8, 12)
-        expected = many.projection(torch.cat([head(x) for head in heads], dim=-1))
-        assert torch.allclose(many(x), expected, atol=1e-6)
+        heads = gpt2.SelfAttention(6, 4, **given), gpt2.CausalAttention(6, 4, 7, 0.0, **given)
+        for head in heads:
+            layers = (head.query, head.key, head.value)
+            assert [layer.bias is not None for layer in layers] == [bias] * 3
 
     def test_dropout_drops_links_and_then_outputs_while_training(self):
         """With a single token a head has one link, dropped or doubled, and so is each output."""
@@ -442,26 +416,8 @@ class TestAttention:
         alive = (ratio > 0).view(500, 3, 4).any(dim=-1).float().mean()
         assert alive.item() == approx(0.5 * 15 / 16, abs=0.05)
 
-    def test_dropout_of_a_single_head_drops_links_while_training(self):
-        head = gpt2.CausalAttention(12, 4, 300, 0.5)
-        x = torch.randn(1, 300, 12)
-        ratio = (head.weights(x) / head.eval().weights(x))[0].detach()
-        links = ratio[torch.ones(300, 300).tril() > 0]
-        assert links.round(decimals=3).unique().tolist() == [0, 2]
-        assert (links > 0).float().mean().item() == approx(0.5, abs=0.02)
-
 
 class TestBlock:
-    @cases("scale", [1e-3, 1.0, 100.0])
-    def test_layer_norm_is_that_of_pytorch(self, scale):
-        ours, theirs = gpt2.LayerNorm(12).double(), nn.LayerNorm(12).double()
-        assert same(ours.state_dict(), theirs.state_dict())
-        for parameter in theirs.parameters():
-            nn.init.normal_(parameter)
-        ours.load_state_dict(theirs.state_dict())
-        x = scale * (torch.randn(2, 5, 12, dtype=torch.float64) + 3)
-        assert torch.allclose(ours(x), theirs(x), rtol=1e-10, atol=1e-12)
-
     def test_feed_forward_dropout_drops_its_output_while_training(self):
         layer = gpt2.FeedForward(TINY | {"dropout_rate": 0.5})
         x = torch.randn(50, 12)
@@ -503,13 +459,7 @@ class TestModel:
     def test_only_the_last_tokens_logits_are_made_where_asked(self):
         model, idx = lively(TINY), some_ids(3, 8)
         last = model(idx, last_only=True)
-        assert last.shape == (3, 1, 61)
-        assert torch.allclose(last, model(idx)[:, -1:], atol=1e-5)
-
-    def test_more_tokens_than_the_context_are_refused_with_both_numbers(self):
-        model = gpt2.GPT2(TINY)
-        assert model(some_ids(1, 8)).shape == (1, 8, 61)
-        refused("9.*8", lambda: model(some_ids(1, 9)))
+        assert last.shape == (3, 1, 61) and torch.allclose(last, model(idx)[:, -1:], atol=1e-5)
 
     @cases("bias, count", [(True, 4620), (False, 4620 - 2 * 3 * 12)])
     def test_the_head_is_the_token_embedding_and_counts_once(self, bias, count):
@@ -520,13 +470,6 @@ class TestModel:
         # So a step of training moves both, and the rows of tokens that were only scored, too.
         model(some_ids(1, 8)).square().sum().backward()
         assert (model.token_embedding.weight.grad != 0).any(dim=-1).all()
-
-    def test_it_reads_its_own_keys_of_a_config_and_keeps_only_these(self):
-        assert gpt2.GPT2(TINY | {"learning_rate": "no model's affair"}).config == TINY
-
-    @cases("key", TINY)
-    def test_a_key_that_is_missing_is_named(self, key):
-        refused(key, lambda: gpt2.GPT2({name: TINY[name] for name in TINY if name != key}))
 
     def test_embedding_dropout_acts_on_the_sum_of_token_and_position(self):
         model = lively(TINY | {"dropout_rate": 0.5, "n_layers": 1})
@@ -556,6 +499,7 @@ class TestData:
         ids = gpt2.text_to_token_ids(VERDICT, tokenizer)[0]
         assert (len(VERDICT), len(ids), len(ids.unique())) == (20479, 5145, 1416)
 
+    @pytest.mark.usefixtures("tokenizer")  # which has been read from the copy before
     @cases("chosen", ["elsewhere", None])
     def test_the_vocabulary_is_the_copy_here_unless_the_user_chose(self, monkeypatch, chosen):
         monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
@@ -582,7 +526,6 @@ class TestData:
         "stride, offset, starts",
         [
             (None, 0, [0, 4, 8, 11]),
-            (3, 0, [0, 3, 6, 9, 11]),
             (11, 0, [0, 11]),
             (4, 1, [0, 3, 7, 11, 11]),
             (3, 2, [0, 1, 4, 7, 10, 11]),
@@ -596,29 +539,10 @@ class TestData:
             assert x.tolist() == list(range(start, start + 4))
             assert y.tolist() == list(range(start + 1, start + 5))
 
-    @cases("stride", [1, 2, 3, 4])
-    def test_every_token_but_the_first_is_a_target_wherever_the_text_is_cut(self, stride):
-        lengths, offsets = range(5, 24), range(stride + 1)
-        for length, offset in itertools.product(lengths, offsets):
-            dataset = gpt2.GPTDataset(range(length), 4, stride, offset)
-            targets = {token for _, y in dataset for token in y.tolist()}
-            assert targets == set(range(1, length)), (length, offset)
-
-    def test_there_is_no_window_before_the_first_and_after_the_last(self):
-        dataset = gpt2.GPTDataset(range(16), 4)
-        for index in (-1, 4):
-            refused(str(index), lambda index=index: dataset[index], IndexError)
-
     def test_a_text_must_fill_one_window(self):
-        dataset = gpt2.GPTDataset(range(5), 4)
-        assert [(x.tolist(), y.tolist()) for x, y in dataset] == [([0, 1, 2, 3], [1, 2, 3, 4])]
-        refused("4 .*context_length 4", lambda: gpt2.GPTDataset(range(4), 4))
-        refused("0 .*context_length 4", lambda: gpt2.GPTDataset([], 4))
-
-    def test_tokens_of_a_small_kind_become_long_ones(self):
-        x, y = gpt2.GPTDataset(torch.tensor([50256, 0, 1], dtype=torch.uint16), 2)[0]
-        assert x.dtype == y.dtype == torch.long
-        assert (x.tolist(), y.tolist()) == ([50256, 0], [0, 1])
+        assert len(gpt2.GPTDataset(range(5), 4)) == 1
+        for n in (4, 0):
+            refused(f"{n} .*context_length 4", lambda n=n: gpt2.GPTDataset(range(n), 4))
 
     @torch.no_grad()
     def test_items_of_any_length_make_a_batch_whose_padding_counts_for_nothing(self):
@@ -626,10 +550,6 @@ class TestData:
         x, y = gpt2.collate(items)
         assert x.shape == y.shape == (3, 8)
         assert (y != -100).sum(dim=1).tolist() == [3, 8, 1]
-        for row, (alone, target) in enumerate(items):
-            assert torch.equal(x[row, : len(alone)], alone)
-            assert torch.equal(y[row, : len(target)], target)
-
         model = lively(TINY)
         apart = sum(gpt2.summed_loss(model(x[None]), y[None]) for x, y in items)
         assert gpt2.summed_loss(model(x), y).item() == approx(apart.item(), rel=1e-5)
@@ -647,7 +567,6 @@ class TestConfig:
         on_the_way = {"eval_every": 0, "checkpoint_every": 0, "patience": 0, "sample_prompt": ""}
         machine = {"device": "auto", "precision": "auto", "compile": False}
         assert model | data | length | rate | rest | on_the_way | machine == gpt2.CONFIG
-        assert gpt2.check_config(gpt2.CONFIG) == gpt2.CONFIG
         assert gpt2.GPT2(gpt2.CONFIG).num_parameters() == 7_234_432
 
     @cases("key", gpt2.CONFIG)
@@ -658,55 +577,40 @@ class TestConfig:
         bad += [1.5, True] if kind is int else [True] if kind is float else [0, 1]
         bad += [math.nan, math.inf, -math.inf, -1] if kind in (int, float) else []
         for value in bad:
-            refused(key, lambda value=value: gpt2.check_value(key, value))
             refused(key, lambda value=value: gpt2.check_config(gpt2.CONFIG | {key: value}))
             refused(key, lambda value=value: gpt2.check_given({key: value}))
 
-    @cases("key", ["vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"])
-    def test_a_model_of_size_nothing_is_refused(self, key):
-        refused(key, lambda: gpt2.GPT2(TINY | {key: 0}))
-        assert gpt2.GPT2(TINY | {"n_heads": 1, "emb_dim": 1} | {key: 1}).config[key] == 1
-
     def test_a_number_that_cannot_be_meant_is_refused_with_its_key(self):
-        impossible = {"batch_size": 0, "grad_accumulation": 0, "epochs": 0.0}  # no step
+        impossible = dict.fromkeys(("vocab_size", "context_length", "emb_dim", "n_heads"), 0)
+        impossible |= dict.fromkeys(("n_layers", "batch_size", "grad_accumulation", "epochs"), 0)
         impossible |= {"dropout_rate": 1.0, "val_fraction": 1.0}  # nothing would be left
-        impossible |= {"n_layers": 10**7, "max_steps": 10**10}  # for hours, for ever
+        impossible |= {"emb_dim": 10**7, "max_steps": 10**10}  # for hours, for ever
         for key, value in impossible.items():
-            with pytest.raises(ValueError, match=f"{key}.*must be"):
-                gpt2.check_given({key: value})
+            refused(f"{key}.*must be", lambda key=key, value=value: gpt2.check_given({key: value}))
 
     def test_numbers_that_people_use_are_taken(self):
-        smallest = {"batch_size": 1, "grad_accumulation": 1, "epochs": 0.001, "seed": 0}
-        off = dict.fromkeys(("stride", "max_steps", "warmup_steps", "patience", "eval_every"), 0)
-        none = dict.fromkeys(("dropout_rate", "val_fraction", "weight_decay", "grad_clip"), 0.0)
-        sizes = {"vocab_size": 50304, "emb_dim": 1600, "context_length": 100_000, "n_layers": 48}
-        large = {"max_steps": 600_000, "max_val_tokens": 10**9, "seed": 20261129}
-        for given in (smallest, off, none, sizes, large):
-            assert gpt2.check_given(given) == given
+        least = {"batch_size": 1, "grad_accumulation": 1, "epochs": 0.001, "seed": 0}
+        least |= dict.fromkeys(("stride", "max_steps", "warmup_steps", "patience", "eval_every"), 0)
+        least |= dict.fromkeys(("dropout_rate", "val_fraction", "weight_decay", "grad_clip"), 0.0)
+        most = {"vocab_size": 50304, "emb_dim": 1600, "context_length": 100_000, "n_layers": 48}
+        most |= {"max_steps": 600_000, "max_val_tokens": 10**9, "seed": 20261129}
+        assert (gpt2.check_given(least), gpt2.check_given(most)) == (least, most)
 
     def test_numbers_of_numpy_and_paths_become_plain_values(self):
         import numpy as np
 
-        numbers = {"emb_dim": np.int64(64), "learning_rate": np.float32(0.5), "epochs": np.int32(3)}
-        checked = gpt2.check_given(numbers | {"compile": np.bool_(True), "data": Path("a.txt")})
+        given = {"emb_dim": np.int64(64), "learning_rate": np.float32(0.5), "epochs": np.int32(3)}
+        given |= {"compile": np.bool_(True), "data": Path("a.txt")}
         plain = {"emb_dim": 64, "learning_rate": 0.5, "epochs": 3.0, "compile": True}
+        checked = gpt2.check_given(given)
         assert checked == plain | {"data": "a.txt"}
         assert [type(value) for value in checked.values()] == [int, float, float, bool, str]
-        assert type(gpt2.GPT2(TINY | {"n_heads": np.int64(3)}).config["n_heads"]) is int
-        refused("emb_dim", lambda: gpt2.check_value("emb_dim", np.float64(64.0)))
 
     def test_what_does_not_exist_or_fit_together_is_named(self):
         refused("epohcs.*epochs", lambda: gpt2.check_given({"seed": 1, "epohcs": 3}))
         refused("emb_dim 13 .* n_heads 3", lambda: gpt2.GPT2(TINY | {"emb_dim": 13}))
         refused("n_heads 3", lambda: gpt2.check_config(gpt2.CONFIG | {"n_heads": 3}))
         refused("seed", lambda: gpt2.check_config({"epochs": 1.0}, ("epochs", "seed")))
-
-    def test_the_check_keeps_what_it_is_asked_for_and_leaves_the_given_alone(self):
-        given = {"epochs": 3, "seed": 7}
-        checked = gpt2.check_given(given)
-        assert checked == given and type(checked["epochs"]) is float
-        assert type(given["epochs"]) is int
-        assert gpt2.check_config(gpt2.CONFIG | {"x": 1}, tuple(TINY)).keys() == TINY.keys()
 
 
 # ---- Helpers of training and runs ----
@@ -792,30 +696,23 @@ except SystemExit as stop:
 """
 
 
-SPAWNED = """
-import os, sys, time
-import torch.distributed as dist
+def work(rank, given):
+    """One of two processes that `mp.spawn` starts; the first is slow to save."""
+    save = gpt2.save_checkpoint
 
-def work(rank, folder, given):
-    sys.path.insert(0, folder)
-    import gpt2
-    meet = "file://" + os.path.abspath("meet")
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-
-    def slow(path, checkpoint, save=gpt2.save_checkpoint):
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:  # the other one has time to leave, which it must not
-            assert not os.path.exists("left")
-            time.sleep(0.01)
+    def slow(path, checkpoint):
+        time.sleep(0.5)  # the other one has time to leave, which it must not
+        assert not os.path.exists("left")
         save(path, checkpoint)
 
     gpt2.save_checkpoint = slow
-    list(gpt2.train(given, out="run"))
+    meet = "file://" + os.path.abspath("meet")
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+    take(given, out="run")
     if rank == 1:
-        open("left", "w").close()
+        write("left", "")
     dist.barrier()
     dist.destroy_process_group()
-"""
 
 
 class Trap:
@@ -835,20 +732,20 @@ def go_on(folder, **changes):
     return next(gpt2.train(changes, out=folder, resume=True))
 
 
-def epochs_of(dataset, count=4, world=1, **settings):
-    """The items (x, y) that each epoch takes, in their order, by all processes."""
+def epochs_of(dataset, count=4, **settings):
+    """The items (x, y) that each epoch takes, in their order."""
     given = gpt2.CONFIG | {"batch_size": 4, "grad_accumulation": 2} | settings
     n_items = len(dataset.for_epoch(0))
-    n_steps = math.ceil(n_items / (8 * world))
+    n_steps = math.ceil(n_items / 8)
     found = []
     for epoch in range(count):
         taken = []
-        for step, rank in itertools.product(range(n_steps), range(world)):
-            batches = gpt2.batches_of_step(dataset, epoch * n_steps + step + 1, given, rank, world)
+        for step in range(1, n_steps + 1):
+            batches = gpt2.batches_of_step(dataset, epoch * n_steps + step, given)
             assert len(batches) <= 2 and all(len(x) <= 4 for x, _ in batches)
             taken += [row for x, y in batches for row in zip(x.tolist(), y.tolist(), strict=True)]
-        found.append([(x, y) for x, y in taken if set(y) != {-100}])
-        assert len(found[-1]) == n_items
+        found.append(taken)
+        assert len(taken) == n_items
     return found
 
 
@@ -919,11 +816,10 @@ class TestTraining:
             assert moved == approx(1e-4, rel=0.02), name
 
     def test_each_epoch_takes_every_example_once_in_another_order(self):
-        dataset = gpt2.CompletionDataset([("a", " b")] * 38, 8)
-        dataset[:] = [(torch.tensor([i]), torch.tensor([i])) for i in range(38)]
+        dataset = gpt2.CompletionDataset([("a", f" {i}") for i in range(38)], 8)
         orders = epochs_of(dataset) + epochs_of(dataset, seed=7)
-        assert all(sorted(order) == [([i], [i]) for i in range(38)] for order in orders)
-        assert all(orders.count(order) == 1 and order != sorted(order) for order in orders)
+        assert all(sorted(order) == sorted(orders[0]) for order in orders)
+        assert all(orders.count(order) == 1 for order in orders)
         assert epochs_of(dataset) == orders[:4]  # the same seed repeats them
 
     @cases("length, context, stride", [(100, 10, 5), (101, 10, 10), (99, 8, 3), (17, 16, 16)])
@@ -940,25 +836,6 @@ class TestTraining:
         cuts = [{x[0] for x, _ in epoch} - {0, 71} for epoch in epochs]
         assert {start for cut in cuts for start in cut} == set(range(1, 71))
         assert sum(a != b for a, b in itertools.pairwise(cuts)) > 25
-
-    def test_processes_share_the_windows_of_a_step(self):
-        dataset = gpt2.TextDataset(range(110), 8, 4)
-        for epoch, alone in zip(epochs_of(dataset, world=4), epochs_of(dataset), strict=True):
-            assert sorted(epoch) == sorted(alone)
-        few = gpt2.TextDataset(range(9), 8)
-        ((x, y),) = gpt2.batches_of_step(few, 1, gpt2.CONFIG, rank=3, world=4)
-        assert x.shape == y.shape == (1, 8) and set(y.flatten().tolist()) == {-100}
-        ((_, y),) = gpt2.batches_of_step(few, 1, gpt2.CONFIG, rank=0, world=4)
-        assert y.tolist() == [list(range(1, 9))]  # nothing was written into the data
-
-    def test_a_loss_is_a_sum_over_targets_in_full_precision(self):
-        logits = torch.randn(3, 50, 61).mul(4).bfloat16()
-        targets = some_ids(3, 50)
-        targets[1, 10:] = -100
-        losses = -torch.log_softmax(logits.double(), dim=-1)
-        losses = losses.gather(2, targets.clamp(min=0)[..., None])[..., 0]
-        loss = gpt2.summed_loss(logits, targets)
-        assert loss.item() == approx(losses[targets != -100].sum().item(), rel=1e-5)
 
     @cases("clip, share", [(0.0, 1.0), (1e6, 1.0), (0.5, None)])
     def test_a_step_is_that_of_one_big_batch_also_where_targets_are_unequal(self, clip, share):
@@ -982,10 +859,6 @@ class TestTraining:
             for before, after, gradient in changes:
                 moved = 0.1 * gradient * (share or clip / length)
                 torch.testing.assert_close(before - after, moved, rtol=1e-3, atol=1e-5)
-
-    def test_a_step_forgets_the_gradients_of_the_step_before(self, one_window):
-        rows = take(one_window | {"learning_rate": 0.0, "min_learning_rate": 0.0})
-        assert len({row["grad_norm"] for row in rows}) == 1
 
     def test_a_run_clips_its_gradient_and_reports_it_before_that(self, config, tmp_path):
         rows = [take(config | {"grad_clip": 0.01, "max_steps": 1}, out=tmp_path)[0]]
@@ -1030,17 +903,17 @@ class TestTraining:
         row = rows[-1]
         loss = mean_loss(row["model"].eval(), held_back(config))
         assert row["val_loss"] == approx(loss, rel=1e-6)
-        text = gpt2.token_ids_to_text(
-            gpt2.generate(row["model"], prompt, 40, eos_id=END), tokenizer
-        )
-        assert row["sample"] == text.rstrip("\ufffd") and row["total_steps"] == 3
+        ids = gpt2.generate(row["model"], prompt, 40, eos_id=END)
+        assert row["sample"] == gpt2.token_ids_to_text(ids, tokenizer).rstrip("\ufffd")
+        assert row["total_steps"] == 3
         assert numbers(rows, "val_loss") == numbers(metrics_of(whole)[:3], "val_loss")
 
-    def test_the_same_batch_is_dropped_out_differently_in_every_step(self, one_window):
+    def test_only_dropout_differs_where_each_step_sees_the_same_and_learns_nothing(
+        self, one_window
+    ):
         still = one_window | {"learning_rate": 0.0, "min_learning_rate": 0.0}
-        for rate, kinds in ((0.5, 5), (0.0, 1)):
-            rows = take(still | {"dropout_rate": rate})
-            assert len({row["train_loss"] for row in rows}) == kinds
+        assert len({row["train_loss"] for row in take(still | {"dropout_rate": 0.5})}) == 5
+        assert len({(row["train_loss"], row["grad_norm"]) for row in take(still)}) == 1
 
     def test_measuring_and_saving_change_nothing(self, whole, config, tmp_path):
         busy = config | {"eval_every": 1, "checkpoint_every": 5, "sample_prompt": "Else"}
@@ -1069,15 +942,6 @@ class TestTraining:
             assert row[key] != approx(mean_loss(model, batches, other), rel=1e-6)
         assert {weight.dtype for weight in row["model"].parameters()} == {torch.float32}
 
-    def test_a_run_starts_from_a_model_and_leaves_that_alone(self, config, whole):
-        source = read(whole / "last.pt")
-        given = {key: value for key, value in config.items() if key not in TINY}
-        for init in (source, whole / "last.pt"):
-            row = next(gpt2.train(given | {"dropout_rate": 0.3}, out=None, init=init))
-            assert row["model"].config == SMALL | {"dropout_rate": 0.3}
-            assert row["train_loss"] < metrics_of(whole)[0]["train_loss"] - 0.01
-        assert same(source.state_dict(), read(whole / "last.pt").state_dict())
-
     @cases("change", [{"emb_dim": 16}, {"n_layers": 2}, {"qkv_bias": False}, {"context_length": 9}])
     def test_a_model_of_another_shape_or_a_frozen_one_is_refused(self, config, whole, change):
         source = read(whole)
@@ -1094,14 +958,17 @@ class TestTraining:
         assert moved.shape == (5,) and 0 < moved.min() <= moved.max() < 2 * row["learning_rate"]
 
     def test_a_run_from_a_model_is_gentle_unless_told_otherwise(self, config, whole):
+        source = read(whole / "last.pt")
         given = {key: config[key] for key in ("data", "batch_size", "precision")}
-        rows = take(given, init=whole / "last.pt")
+        rows = take(given, init=source)
         rates = [row["learning_rate"] for row in rows]
         assert len(rows) == 15 and rows[-1]["epoch"] == 1  # 43 windows, 3 at once
         assert (max(rates), rates[-1]) == approx((1e-4, 1e-5))
+        assert same(source.state_dict(), read(whole / "last.pt").state_dict())  # a copy is trained
         told = given | {"learning_rate": 3e-3, "epochs": 2.0, "warmup_steps": 1}
-        row = next(gpt2.train(told, out=None, init=whole / "last.pt"))
+        row = next(gpt2.train(told | {"dropout_rate": 0.3}, out=None, init=source))
         assert (row["learning_rate"], row["total_steps"]) == (3e-3, 30)
+        assert row["model"].config == SMALL | {"dropout_rate": 0.3}
 
     def test_best_is_never_worse_than_the_beginning(self, config, whole, tmp_path):
         """It learns another text, and so forgets the one that it is measured on."""
@@ -1175,21 +1042,11 @@ class TestGeneration:
         kept = gpt2.keep_top_k(logits, 2)
         assert kept[0].tolist() == [-math.inf, 3.0, 2.0, -math.inf]
         assert sorted(kept[1].tolist()) == [-math.inf, -math.inf, 5.0, 5.0]
-        assert torch.equal(gpt2.keep_top_k(logits, 4), logits)
         assert torch.equal(gpt2.keep_top_k(logits, 99), logits)  # more than there are
-
-    @cases("p, count", [(1e-60, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.9, 4)])
-    def test_top_p_leaves_the_fewest_that_reach_p_in_each_row(self, p, count):
-        rows = torch.tensor([[0.125, 0.5, 0.25, 0.125], [0.0, 0.0, 0.0, 1.0]])
-        first, sure = gpt2.keep_top_p(rows, p).tolist()
-        kept = [0.5, 0.25, 0.125, 0.125][:count]
-        assert first[1] == max(first) and sure == [0, 0, 0, 1]
-        expected = [share / sum(kept) for share in kept] + [0] * (4 - count)
-        assert sorted(first, reverse=True) == approx(expected)
 
     @cases("temperature", [0.5, 1.0, 2.0])
     @cases("top_k", [None, 1, 3, 50])
-    @cases("top_p", [None, 0.3, 0.8, 1.0])
+    @cases("top_p", [None, 1e-60, 0.3, 0.8, 1.0])  # the second is 0 in float32
     def test_the_distribution_is_the_written_out_one(self, temperature, top_k, top_p):
         logits = torch.randn(2, 9, generator=seeded(0)) * 2
         ours = gpt2.next_token_probabilities(logits, temperature, top_k, top_p)
@@ -1204,14 +1061,8 @@ class TestGeneration:
             assert probabilities == approx(expected, abs=1e-6)
 
     def test_at_temperature_0_the_most_probable_token_has_all(self):
-        logits = torch.tensor([[0.0, 1.0, 2.0], [7.0, 7.0, 7.0]])
-        first, equals = gpt2.next_token_probabilities(logits, 0).tolist()
-        assert first == [0, 0, 1] and sorted(equals) == [0, 0, 1]
-
-    @cases("temperature", [1e-4, 1.0])
-    def test_neither_huge_logits_nor_impossible_tokens_break_the_distribution(self, temperature):
-        logits = torch.tensor([[1e38, -1e38, -math.inf]])
-        assert gpt2.next_token_probabilities(logits, temperature, 3, 0.9).tolist() == [[1, 0, 0]]
+        logits = torch.tensor([[0.0, 2.0, 1.0]])
+        assert gpt2.next_token_probabilities(logits, 0).tolist() == [[0, 1, 0]]
 
     @cases("dtype", [torch.bfloat16, torch.float16])
     @cases("top_p", [0.5, 0.9])
@@ -1225,19 +1076,10 @@ class TestGeneration:
         assert int(kept.sum()) == approx(count, abs=3)
         assert torch.allclose(ours, exact * kept / exact[kept].sum(), rtol=1e-4, atol=0)
 
-    def test_draws_follow_the_distribution_and_never_take_what_is_excluded(self):
-        probabilities = torch.tensor([[0.1, 0.0, 0.6, 0.3], [0.0, 1.0, 0.0, 0.0]])
-        drawn = gpt2.draw(probabilities.repeat(30_000, 1), seeded(0))
-        assert drawn.shape == (60_000, 1)
-        shares = torch.bincount(drawn[::2].flatten(), minlength=4) / 30_000
-        assert shares.tolist() == approx(probabilities[0].tolist(), abs=0.01)
-        assert shares[1] == 0 and (drawn[1::2] == 1).all()
-
     @cases(
         "options, shares",
         [
             ({}, [0, 0, 0, 1]),
-            ({"temperature": 1.0}, [0.1, 0.2, 0.3, 0.4]),
             ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),  # the squares
             ({"temperature": 1.0, "top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
             ({"temperature": 1.0, "top_p": 0.75}, [0, 2 / 9, 3 / 9, 4 / 9]),
@@ -1260,25 +1102,6 @@ class TestGeneration:
         assert texts[0] == texts[1] != texts[2]
         assert torch.equal(torch.get_rng_state(), state)
 
-    @cases("use_cache", [True, False])
-    @cases("context, length, new", [(8, 3, 12), (8, 8, 6), (8, 20, 7), (5, 2, 10), (1, 1, 4)])
-    def test_long_text_has_the_references_logits(self, context, length, new, use_cache):
-        model = lively(TINY | {"context_length": context, "n_layers": 1, "dropout_rate": 0.5})
-        model.train()  # generating drops nothing all the same
-        seen = []
-        model.register_forward_hook(lambda module, inputs, output: seen.append(output[0, -1]))
-        draws = {"temperature": 1.0, "generator": seeded(0), "use_cache": use_cache}
-        text = gpt2.generate(model, some_ids(1, length), new, **draws)[0]
-        assert len(seen) == new and len(text) == length + new
-        assert len(text.unique()) > 3  # text that says one thing only would hide a wrong window
-
-        start = max(0, length - context)
-        for end, logits in enumerate(seen, start=length):
-            if end - start > context:
-                start = end - max(1, context // 2)
-            expected = reference_logits(openai_weights(model), 3, text[start:end])[-1]
-            assert torch.allclose(logits.double(), expected, atol=1e-4), end
-
     @cases(
         "context, length, windows",
         [
@@ -1296,12 +1119,16 @@ class TestGeneration:
         assert model.read == [[window] for window in windows]
 
     def test_a_real_model_uses_the_cache_unless_told_otherwise(self):
-        model, sizes = lively(TINY), []
-        model.blocks[1].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].size(1)))
-        with_cache = gpt2.generate(model, some_ids(2, 3), 6)
-        without = gpt2.generate(model, some_ids(2, 3), 6, use_cache=False)
-        assert sizes == [3, 1, 1, 1, 1, 1, 3, 4, 5, 6, 7, 8]
-        assert torch.equal(with_cache, without)
+        """Beyond its context, too; the drawn text is one that any wrong logits would change."""
+        texts, sizes = [], []
+        for use_cache in (True, False):
+            model = lively(TINY | {"dropout_rate": 0.5}).train()  # generating drops nothing
+            model.blocks[1].register_forward_pre_hook(lambda _, x: sizes.append(x[0].size(1)))
+            draws = {"temperature": 1.0, "generator": seeded(0), "use_cache": use_cache}
+            texts.append(gpt2.generate(model, some_ids(2, 3), 12, **draws))
+        cached, plain = [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4], [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]
+        assert sizes == cached + plain
+        assert torch.equal(*texts) and len(texts[0].unique()) > 8
 
     def test_rows_that_end_apart_are_filled_with_the_end(self):
         prompts, columns = torch.tensor([[4, 5], [6, 7], [1, 2], [9, 8]]), []
@@ -1315,60 +1142,36 @@ class TestGeneration:
         assert all(column.shape == (4, 1) for column in columns)
         assert torch.equal(torch.cat(columns, dim=1), text[:, 2:])
 
-    @cases("eos_id, ended", [(9, [7, 8, 9, 9]), (None, [7, 8, 9, 10])])
-    def test_other_rows_go_on_to_the_number_of_tokens(self, eos_id, ended):
-        text = gpt2.generate(Stub(successor), torch.tensor([[7], [1]]), 3, eos_id=eos_id)
-        assert text.tolist() == [ended, [1, 2, 3, 4]]
-
-    def test_on_token_gets_each_column_and_stops_by_true(self):
-        def on_token(column):
-            columns.append(column.tolist())
-            return column[0].item() == 6
-
-        columns = []
-        text = gpt2.generate(Stub(successor), torch.tensor([[3], [1]]), 9, on_token=on_token)
-        assert columns == [[[4], [2]], [[5], [3]], [[6], [4]]]
+    def test_on_token_stops_by_true(self):
+        prompts = torch.tensor([[3], [1]])
+        text = gpt2.generate(Stub(successor), prompts, 9, on_token=lambda column: column[0] == 6)
         assert text.tolist() == [[3, 4, 5, 6], [1, 2, 3, 4]]
-
-    def test_a_token_beyond_gpt2s_vocabulary_is_written_and_shows_nothing(self, tokenizer):
-        padded = Stub(always(*[0.0] * 50300, 1.0, 0.0, 0.0, 0.0))  # to a multiple of 64
-        text = gpt2.generate(padded, gpt2.text_to_token_ids("Hello", tokenizer), 2)
-        assert text[0, -2:].tolist() == [50300, 50300]
-        assert gpt2.token_ids_to_text(text, tokenizer) == "Hello"
 
     @cases("new", [0, 3])
     def test_the_prompt_stays_and_what_is_written_can_be_trained_on(self, new):
         model, prompt = lively(TINY), some_ids(2, 4)
         text = gpt2.generate(model, prompt, new)
-        assert text.shape == (2, 4 + new) and torch.equal(text[:, :4], prompt)
         text[0, 0] += 1  # a tensor like any other, with memory of its own
-        assert torch.equal(prompt, some_ids(2, 4))
+        assert text.shape == (2, 4 + new) and torch.equal(prompt, some_ids(2, 4))
         model(text).sum().backward()
 
     @cases("training", [True, False])
     def test_dropout_and_gradients_are_off_inside_and_as_before_afterwards(self, training):
-        model, modes = lively(TINY).train(training), []
-        model.register_forward_pre_hook(
-            lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
+        def on_token(new):
+            assert not model.training and not torch.is_grad_enabled()
+            raise RuntimeError("stop")
+
+        model = lively(TINY).train(training)
+        refused(
+            "stop", lambda: gpt2.generate(model, some_ids(1, 2), 2, on_token=on_token), RuntimeError
         )
-        gpt2.generate(model, some_ids(1, 2), 2)
-        assert model.training == model.blocks[0].training == training
-        with pytest.raises(RuntimeError):
-            gpt2.generate(model, some_ids(1, 2), 2, on_token=raising(RuntimeError("stop")))
-        assert model.training == training and torch.is_grad_enabled()
-        assert modes == [(False, False)] * 3
+        assert model.training == model.blocks[0].training == training and torch.is_grad_enabled()
 
     @cases("temperature", [0.0, 1.0])
     @cases("row", [[math.nan, 0.0], [0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
     def test_logits_that_are_not_finite_are_refused_in_any_row(self, row, temperature):
         model = Stub(lambda ids: torch.tensor([[0.0, 1.0], row]))
         refused("logits", lambda: gpt2.generate(model, some_ids(2, 1), 1, temperature=temperature))
-
-    @cases("temperature", [0.0, 1.0])
-    def test_a_token_that_must_not_come_may_have_minus_infinity(self, temperature):
-        model = Stub(always(-math.inf, 0.0, -math.inf))
-        text = gpt2.generate(model, some_ids(1, 1), 3, temperature=temperature)
-        assert text[0, 1:].tolist() == [1, 1, 1]
 
     def test_logits_that_become_nan_in_a_long_text_are_refused(self):
         model = Stub(lambda ids: successor(ids % 20) + (math.nan if len(model.read) > 5 else 0.0))
@@ -1441,11 +1244,6 @@ def losses_of(model, prompt, completion, end=True):
     return [-chances[t - 1, ids[t]].item() for t in range(len(encode(prompt)), len(ids))]
 
 
-def mean(values):
-    """The mean of a list of numbers."""
-    return sum(values) / len(values)
-
-
 @pytest.fixture(scope="session")
 def choosy(tmp_path_factory):
     """The checkpoint of a model that has an opinion of its own about each text."""
@@ -1505,6 +1303,7 @@ class TestDataFiles:
             ({"prompt": 1, "completion": 2.5}, ("1", "2.5", True, ())),
             ({"instruction": "do", "output": "done"}, (ALONE, "done", True, ())),
             ({"instruction": "do", "input": "", "output": "done"}, (ALONE, "done", True, ())),
+            ({"instruction": "do", "input": None, "output": "done"}, (ALONE, "done", True, ())),
             ({"instruction": "do", "input": "this", "output": "it"}, (PAIRED, "it", True, ())),
             ({"instruction": "do", "context": "this", "response": "it"}, (PAIRED, "it", True, ())),
             ({"question": "do", "answer": "done"}, (ALONE, "done", True, ())),
@@ -1520,11 +1319,8 @@ class TestDataFiles:
         rows = [PAIR | {"prompt": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85")]
         lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
         listed = "\ufeff\n" + json.dumps(rows, indent=2)
-        for name, content in (
-            ("a.jsonl", lines),
-            ("B.JSONL", "\ufeff" + lines),
-            ("C.Json", listed),
-        ):
+        files = {"a.jsonl": lines, "B.JSONL": "\ufeff" + lines, "C.Json": listed}
+        for name, content in files.items():
             found = gpt2.read_data(str(put(tmp_path / name, content)))
             assert found == [(row["prompt"], " c", True, ()) for row in rows]
 
@@ -1534,7 +1330,6 @@ class TestDataFiles:
             ("a.csv", "\ufeffcompletion,prompt,end\r\n c,p,false\r\n", [("p", " c", False, ())]),
             ("a.csv", 'prompt,completion\n"a, ""b""\r\nd",1\n', [('a, "b"\r\nd', "1", True, ())]),
             ("A.TSV", "prompt\tcompletion\na, b\t c\n", [("a, b", " c", True, ())]),
-            ("a.csv", "text,label\nhello,spam\n", [("hello", " spam", True, ())]),
             ("a.csv", 'text\n"one, two"\nthree\n', ["one, two", "three"]),
         ],
     )
@@ -1545,19 +1340,14 @@ class TestDataFiles:
         "name, content, cause",
         [
             ("a.jsonl", "", ""),
-            ("a.json", "[]", ""),
-            ("a.jsonl", "null\n", "null|None"),
             ("a.json", '[{"prompt": "a", "completion": "b"}, 5]', "entry 2"),
-            ("a.json", "[" * 10**5, ""),
             ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n', "line 2"),
             ("a.jsonl", '{\n"prompt": "a", "completion": "b"}\n', "line 1.*list"),
             ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "messages.*completion"),
             ("a.jsonl", '{"prompt": "a", "completion": null}\n', "line 1.*completion"),
-            ("a.jsonl", '{"instruction": "a", "output": ["b"]}\n', "output"),
             ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 1}\n', "answer.*1"),
             ("a.jsonl", '{"prompt": "a", "choices": "bc", "answer": 0}\n', "choices"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
-            ("a.csv", "name,value\nhi,yes\n", "name.*value.*completion"),
             ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
             ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
         ],
@@ -1578,15 +1368,12 @@ class TestDataFiles:
         assert tokens_in("x,y.txt") == parts[3]  # one file, whose name has a comma
         assert tokens_in("the-verdict.txt") == tokenizer.encode(VERDICT)  # beside gpt2.py
 
-    @cases(
-        "data", ["no", "no.txt", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"]
-    )
+    @cases("data", ["no", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"])
     def test_files_that_are_missing_or_do_not_fit_are_named(self, cli, data):
-        for name, content in zip(
-            ("txt", "bin", "jsonl"), ("one", "ab", json.dumps(PAIR)), strict=True
-        ):
-            put(Path(f"a.{name}"), content)
-        Path("no").mkdir()
+        Path("no").mkdir()  # a folder without files
+        write("a.txt", "one")
+        write("a.bin", "ab")
+        write_lines("a.jsonl", PAIR)
         result = cli("train", "--data", data)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert ("no" if "no" in data else "a.") in result.err
@@ -1638,27 +1425,16 @@ class TestDataFiles:
         for change in ({"context_length": 5000}, {"val_fraction": 0.99}, {"max_val_tokens": 1}):
             refused("token", lambda change=change: gpt2.load_data(gpt2.CONFIG | change))
 
-    @cases("length", [10, 41, 64])
-    @cases("stride", [1, 3, 8])
-    def test_an_epoch_predicts_every_token_and_each_cuts_elsewhere(self, length, stride):
-        dataset = gpt2.TextDataset(torch.arange(length), 8, stride)
-        starts = set()
-        for seed in range(12):
-            windows = list(dataset.for_epoch(seed))
-            assert {t for _, y in windows for t in y.tolist()} == set(range(1, length))
-            assert all(len(x) == 8 and torch.equal(x + 1, y) for x, y in windows)
-            starts.add(tuple(int(x[0]) for x, _ in windows))
-        assert len(starts) == stride if length > 10 else len(starts) <= 2
-
-    def test_tokenize_writes_a_file_that_is_used_as_its_texts(self, cli, tokenizer, choosy):
+    def test_tokenize_writes_a_file_that_is_used_as_its_texts(self, cli, tokenizer, config, choosy):
         put(Path("one.txt"), "<|endoftext|>One thing. " * 9)
-        put(Path("docs.jsonl"), '{"text": "Two."}\n{"text": "Three."}')
+        put(Path("docs.jsonl"), '{"text": "Two."}\n{"text": "Ünïcode 🙂."}')
         assert cli("tokenize", "one.txt", "docs.jsonl", "out.bin").code == 0
-        text = "<|endoftext|>One thing. " * 9 + "<|endoftext|>Two.<|endoftext|>Three."
+        text = "<|endoftext|>One thing. " * 9 + "<|endoftext|>Two.<|endoftext|>Ünïcode 🙂."
         ids = tokenizer.encode(text, allowed_special="all")
         assert Path("out.bin").read_bytes() == b"".join(t.to_bytes(2, "little") for t in ids)
         assert tokens_in("out.bin") == tokens_in("one.txt,docs.jsonl") == ids
         assert measured(cli, "out.bin", choosy) == measured(cli, "one.txt,docs.jsonl", choosy)
+        assert take(config | {"data": "out.bin", "max_steps": 1})
 
         put(Path("bad.txt"), b"caf\xe9")
         for wrong in (["one.txt", "out.txt"], ["new.bin"], ["one.txt", "bad.txt", "new.bin"]):
@@ -1670,21 +1446,6 @@ class TestDataFiles:
         path = put(tmp_path / "some.bin", b"".join(token.to_bytes(2, "little") for token in tokens))
         refused("some.bin", lambda: tokens_in(path))
         refused("some.bin", lambda: tokens_in(put(path, b"\1\0\2")))
-
-    @cases("length", [2, 8, 9, 10, 16, 17, 30])
-    @cases("stride", [None, 1, 3, 8, 20])
-    def test_each_token_is_scored_once_with_what_the_stride_leaves(self, length, stride):
-        context = min(8, length - 1)
-        dataset = gpt2.TextDataset(torch.arange(length), context)  # each token is its position
-        scored = []
-        for x, y in dataset.scoring_items(stride):
-            assert torch.equal(x, torch.arange(int(x[0]), int(x[0]) + len(x)))
-            for seen, target in enumerate(y.tolist(), start=1):
-                if target != -100:
-                    assert target == int(x[0]) + seen
-                    assert seen >= min(target, context - min(stride or 8, context) + 1)
-                    scored.append(target)
-        assert scored == list(range(1, length))
 
     @cases("context, count", [(8, 5), (1025, 5), (2500, 2)])
     def test_a_batch_scores_about_a_thousand_tokens_or_one_window(self, context, count):
@@ -1719,6 +1480,7 @@ class TestDataFiles:
         by_sum, by_mean = map(mean, zip(*hits, strict=True))
         assert (report["accuracy"], report["accuracy_normalised"]) == (by_sum, by_mean)
         assert by_sum != by_mean and report["loss"] == approx(mean(rights), rel=1e-5)
+        assert "majority" not in report
 
     def test_exact_is_the_share_of_completions_that_would_be_said(self, cli, tokenizer):
         speaking("says.pt", [*tokenizer.encode(" New York"), END])
@@ -1729,34 +1491,42 @@ class TestDataFiles:
         assert (report["exact"], report["tokens"]) == (2 / 5, 3 + 1 + 2 + 3 + 2)
         assert "accuracy" not in report  # these are no labels
 
-    @cases("stride", [1, 4, 8])
-    def test_eval_of_a_text_is_what_its_tokens_words_and_bytes_cost(self, cli, tokenizer, stride):
+    @cases("stride", [None, 1, 3, 8, 20])
+    @cases("count", [2, 8, 9, 10, 17, 95])
+    def test_eval_of_a_text_is_what_its_tokens_words_and_bytes_cost(
+        self, cli, tokenizer, stride, count
+    ):
         text = VERDICT[:300] + " <|endoftext|>Ünïcode 🙂 counts in bytes."
-        model = read(save_model(lively(SMALL), "good.pt"))
-        ids = tokenizer.encode(text, allowed_special="all")
-        scored = text.removeprefix(tokenizer.decode(ids[:1])).replace("<|endoftext|>", "")
-        nats = 0.0
-        for t in range(1, len(ids)):  # the first window of 8 that reaches so far
-            begin = max(0, math.ceil((t - 8) / stride)) * stride
+        ids = tokenizer.encode(text, allowed_special="all")[:count]
+        text, model = tokenizer.decode(ids), read(save_model(lively(SMALL), "good.pt"))
+        nats, step = 0.0, min(stride or 4, 8)
+        for t in range(1, len(ids)):  # each token in the first window of 8 that reaches so far
+            begin = max(0, math.ceil((t - 8) / step)) * step
             logits = model(torch.tensor([ids[begin:t]]))[0, -1].double()
             nats -= logits.log_softmax(dim=-1)[ids[t]].item()
+
+        scored = text.removeprefix(tokenizer.decode(ids[:1])).replace("<|endoftext|>", "")
         loss, bits = nats / (len(ids) - 1), nats / math.log(2)
         expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": len(ids) - 1}
         expected["bits_per_byte"] = bits / len(scored.encode())
         expected["word_perplexity"] = math.exp(nats / len(scored.split()))
-        options = ["--model=good.pt", "--json", "--stride", stride]
-        found = json.loads(cli("eval", write("a.txt", text), *options).out)
-        assert found == approx(expected, rel=1e-4)
+        given = ["eval", write("a.txt", text), "--model=good.pt"]
+        given += [f"--stride={stride}"] if stride else []
+        assert json.loads(cli(*given, "--json").out) == approx(expected, rel=1e-4)
+        table = [line.split() for line in cli(*given).out.splitlines()]
+        assert [name for name, _ in table] == list(expected)
+        assert float(table[0][1]) == approx(loss, abs=2e-4)
 
     def test_labels_are_those_of_the_training_set(self, cli, config, examples):
         given = {"data": str(examples), "val_fraction": 0.05, "context_length": 16, "max_steps": 1}
-        list(gpt2.train(config | given, out="run"))
+        take(config | given, out="run")
         report = measured(cli, examples, "run")
         assert report["accuracy"] in (0, 1) and report["majority"] == 1  # one was held back
-        write_lines("b.jsonl", PAIR | {"completion": " ham"}, PAIR | {"completion": "spam!"})
-        result = cli("eval", "--model=run", "--data=b.jsonl", "--json")
+        rows = [PAIR | {"completion": text} for text in (" ham", " ham", " ham", "spam!", "spam!")]
+        result = cli("eval", "--model=run", write_lines("b.jsonl", *rows), "--json")
         assert "'spam!'" in result.err  # without its blank it is another label
-        assert json.loads(result.out)["accuracy"] <= 0.5
+        report = json.loads(result.out)
+        assert report["accuracy"] <= report["majority"] == 3 / 5
 
 
 # ---- 9. Runs ----
@@ -1767,21 +1537,6 @@ class TestRuns:
     def test_auto_is_the_half_precision_of_a_cuda_card(self, monkeypatch, ability, precision):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ability)
         assert gpt2.pick_precision("auto", torch.device("cuda")) == precision
-        assert gpt2.pick_precision("fp32", torch.device("cuda")) == "fp32"
-
-    @cases("flag, precision", [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
-    def test_auto_is_bf16_on_a_cpu_that_computes_it(self, monkeypatch, flag, precision):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
-        assert gpt2.Machine("cpu", "auto").precision == precision
-        assert gpt2.Machine("cpu", "fp16").precision == "fp16"
-        assert gpt2.pick_precision("auto", torch.device("mps")) == "fp32"
-
-    def test_a_device_or_precision_that_is_not_there_is_refused_by_name(self, config):
-        for given, cause in (
-            ({"device": "nowhere"}, "'nowhere'"),
-            ({"precision": "half"}, "'half'"),
-        ):
-            refused(cause, lambda: next(gpt2.train(config | given, out=None)))  # noqa: B023
 
     def test_fp16_loses_no_small_gradients_and_skips_steps_that_overflow(self, config, tmp_path):
         """On the CPU, too. Without scaling of the loss, most gradients would be 0."""
@@ -1823,10 +1578,6 @@ class TestRuns:
         assert result.code == 0 and "step 1/1" in result.err
         assert load("run/last.pt")["step"] == 1
 
-    def test_training_from_python_leaves_the_memory_of_its_process_alone(self, config, monkeypatch):
-        monkeypatch.setattr(gpt2, "keep_freed_memory", raising(AssertionError("mallopt")))
-        next(gpt2.train(config, out=None))
-
     def test_two_processes_train_as_one_and_stop_together(self, config, tmp_path):
         """At half the batch each. In step 8 one window is left, and a signal reaches the second."""
         text = write(tmp_path / "the.txt", " the" * 60)  # each window is like the others
@@ -1857,15 +1608,11 @@ class TestRuns:
         assert first != approx(next(gpt2.train(dropped, out=None))["train_loss"], rel=1e-5)
 
     def test_spawned_processes_write_once_and_leave_together(self, config, tmp_path, monkeypatch):
-        """As mp.spawn starts them, without RANK: the process group says which one writes."""
-        write(tmp_path / "spawned.py", SPAWNED)
+        """Without RANK: the process group says which one writes."""
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        import spawned
-
         plain = config | {"dropout_rate": 0.0, "max_steps": 2, "eval_every": 99}
         given = {"batch_size": 1, "grad_accumulation": 3, "checkpoint_every": 99}
-        torch.multiprocessing.spawn(spawned.work, (str(HERE), plain | given), nprocs=2)
+        torch.multiprocessing.spawn(work, (plain | given,), nprocs=2)
         assert_close(metrics_of(Path("run")), take(plain))
         assert load("run/last.pt")["step"] == 2 and Path("left").exists()
 
@@ -1878,12 +1625,6 @@ class TestRuns:
         assert [row["step"] for row in rows] == list(range(step + 1, after + 1))
         assert_same_run(folder, whole / str(after))
 
-    def test_some_steps_and_the_others_are_the_whole(self, config, whole, tmp_path):
-        take(config | {"max_steps": 3, "checkpoint_every": 99}, out=tmp_path)
-        for stop in (11, 0):
-            take({"max_steps": stop}, out=tmp_path, resume=True)
-        assert_same_run(tmp_path, whole)
-
     def test_a_run_that_goes_on_in_another_process_is_the_same(self, whole, copied):
         folder = copied(14)
         environment = os.environ | {"PYTHONHASHSEED": "7"}
@@ -1891,17 +1632,6 @@ class TestRuns:
             notes = process.communicate()[1]
         assert process.returncode == 0 and "14" in re.search("resume .*", notes)[0], notes
         assert_same_run(folder, whole)
-
-    def test_closing_a_run_saves_it(self, config, whole, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        take(config | {"max_steps": 1}, out=None)
-        run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 99}, out="run")
-        for step in (1, 2, 3):
-            assert next(run)["step"] == step
-        assert (os.listdir(), os.listdir("run")) == (["run"], ["metrics.jsonl"])
-        run.close()
-        assert sorted(os.listdir("run")) == ["last.pt", "loss.png", "metrics.jsonl"]
-        assert same(load("run/last.pt")["model"], load(whole / "3" / "last.pt")["model"])
 
     @cases("key", KEPT)
     def test_a_change_that_makes_another_run_is_refused(self, copied, key):
@@ -1933,11 +1663,10 @@ class TestRuns:
         assert len(compiled) == 1 and rows[0]["sample"].startswith("He")
         assert [row["step"] for row in rows if "val_loss" in row] == [3]
 
-    @cases("key, value", [("data", str(HERE / "README.md")), ("batch_size", 1)])
-    def test_other_data_or_batches_are_refused(self, copied, key, value):
+    def test_other_data_are_refused(self, copied):
         folder = copied(2)
-        cause = {"data": "README.md.*--init.*--out", "batch_size": "batch_size.* 6.* 2"}[key]
-        refused(cause, lambda: go_on(folder, **{key: value}))
+        cause = "README.md.*--init.*--out"
+        refused(cause, lambda: go_on(folder, data=str(HERE / "README.md")))
         assert load(folder / "last.pt")["step"] == len(metrics_of(folder)) == 2
 
     @cases("options", [{"out": None}, {"init": "gpt2"}, {"overwrite": True}])
@@ -1958,10 +1687,9 @@ class TestRuns:
 
     def test_a_run_goes_on_in_the_precision_that_auto_was(self, config, tmp_path, monkeypatch):
         """It began where the CPU computes bf16 and goes on where that does not."""
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-        begun = config | {"precision": "auto", "schedule_steps": 3}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+        folder, begun = tmp_path / "run", config | {"precision": "auto", "schedule_steps": 3}
         take(begun, out=tmp_path / "whole")
-        folder = tmp_path / "run"
         next(gpt2.train(begun, out=folder))
         assert load(folder / "last.pt")["config"]["precision"] == "bf16"
 
@@ -1983,25 +1711,6 @@ class TestRuns:
         torch.save(state, "last.pt")
         refused(f"last.pt|{key}", lambda: go_on("."))
         assert len(metrics_of(Path())) == 3 and not Path("trapped").exists()
-
-    def test_layers_that_a_save_does_not_hold_are_not_built(self, copied, monkeypatch):
-        folder = copied(3)
-        state = load(folder / "last.pt")
-        state["config"]["n_layers"] = 10**6
-        gpt2.save_checkpoint(folder / "last.pt", state)
-        many = at_call(99, raising(AssertionError("many blocks are built")), gpt2.TransformerBlock)
-        monkeypatch.setattr(gpt2, "TransformerBlock", many)
-        refused("n_layers", lambda: go_on(folder))
-
-    @cases("content", [b"", b"words " * 99, pickle.dumps(Trap(), protocol=2), "half"])
-    def test_a_damaged_save_is_named_and_not_run(self, copied, monkeypatch, content):
-        folder = copied(3)
-        monkeypatch.chdir(folder)
-        half = Path("last.pt").read_bytes()[:99_999]
-        Path("last.pt").write_bytes(half if content == "half" else content)
-        refused("last.pt", lambda: go_on("."))
-        refused("last.pt", lambda: gpt2.load_checkpoint("last.pt"))
-        assert not Path("trapped").exists()
 
     def test_a_row_is_in_its_file_as_soon_as_its_step_ends(self, config, tmp_path):
         run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 2}, out=tmp_path)
@@ -2034,22 +1743,10 @@ class TestRuns:
         refused("another process", lambda: next(gpt2.train(config, out=tmp_path)))  # before a save
         next(run)
         refused("another process", lambda: go_on(tmp_path))
-        again = gpt2.train(config, out=tmp_path, overwrite=True)
-        refused("another process", lambda: next(again))
+        refused("another", lambda: next(gpt2.train(config, out=tmp_path, overwrite=True)))
         run.close()
         take({}, out=tmp_path, resume=True)  # the lock is gone with the run
         assert_same_run(tmp_path, whole)
-
-    def test_a_second_process_in_a_folder_is_refused(self, config, tmp_path):
-        run = gpt2.train(config | {"checkpoint_every": 1}, out=tmp_path)
-        next(run)
-        before = (tmp_path / "last.pt").read_bytes()
-        with start("train", "--resume", "--out", tmp_path) as process:
-            notes = process.communicate()[1]
-        assert process.returncode == 2 and "Traceback" not in notes
-        assert "another process" in notes and str(tmp_path) in notes
-        assert (tmp_path / "last.pt").read_bytes() == before
-        assert next(run)["step"] == len(metrics_of(tmp_path)) == 2
 
     @cases("out", ["file", "file/below", "folder"])
     def test_a_folder_is_tried_before_the_first_step(self, config, tmp_path, monkeypatch, out):
@@ -2068,9 +1765,8 @@ class TestRuns:
         run = gpt2.train(given, out=folder, overwrite=True)
         next(run)
         assert load(folder / "last.pt")["step"] == 12 and (folder / "best.pt").exists()
-        next(run)
+        assert len(list(run)) == 1
         assert load(folder / "last.pt")["step"] == len(metrics_of(folder)) == 2
-        run.close()
         assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
 
     @cases("epochs, every, saved", [(2.0, 0, [2, 4, 6, 8]), (20.0, 0, [8]), (2.0, 3, [3, 6])])
@@ -2085,26 +1781,33 @@ class TestRuns:
     def test_a_run_is_saved_when_ten_minutes_have_passed(self, config, tmp_path, monkeypatch):
         assert gpt2.SECONDS_BETWEEN_SAVES == 600
         run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 99}, out=tmp_path)
-        next(run)
-        assert not (tmp_path / "last.pt").exists()
-        monkeypatch.setattr(gpt2, "SECONDS_BETWEEN_SAVES", -1)
-        for step in (2, 3):
+        for step, seconds in ((1, 600), (2, -1), (3, -1), (4, 600)):
+            monkeypatch.setattr(gpt2, "SECONDS_BETWEEN_SAVES", seconds)
             assert "val_loss" not in next(run)
-            assert load(tmp_path / "last.pt")["step"] == step
+            path = tmp_path / "last.pt"
+            assert (load(path)["step"] if path.exists() else 0) == (0, 2, 3, 3)[step - 1]
 
     def test_best_is_the_model_of_the_lowest_loss_and_training_on_leaves_it(self, config, tmp_path):
         """At so high a rate the lowest loss is soon behind. It is saved at once."""
-        data = str(write(tmp_path / "once.txt", VERDICT[:700]))
-        given = {"learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 99, "max_steps": 9}
-        given = config | given | {"data": data}
+        given = config | {"data": str(write(tmp_path / "once.txt", VERDICT[:700]))}
+        given |= {"learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 99, "max_steps": 9}
         losses = []
         for row in gpt2.train(given, out=tmp_path):
             losses.append(row["val_loss"])
             best = load(tmp_path / "best.pt")
             assert best["step"] == best["best_step"] == losses.index(min(losses)) + 1
         assert mean_loss(read(tmp_path), held_back(given)) == approx(min(losses), rel=1e-6)
-        assert 1 < best["step"] < 9 and best["config"] == gpt2.CONFIG | given
-        assert "optimizer" not in best and load(tmp_path / "last.pt")["step"] == 9
+        assert 1 < best["step"] < 9 and load(tmp_path / "last.pt")["step"] == 9
+
+    def test_a_checkpoint_holds_what_its_format_says(self, whole):
+        """Whoever changes the format must still read this one, and says so by another version."""
+        best, last = load(whole / "best.pt"), load(whole / "last.pt")
+        keys = {"version", "config", "model", "labels", "items_per_step", "data_sha256", "stale"}
+        keys |= {"step", "tokens_seen", "best_step", "best_val_loss"}
+        assert best.keys() == keys and last.keys() == keys | {"optimizer", "scaler"}
+        assert last["version"] == gpt2.VERSION == "2.0"
+        assert last["config"].keys() == gpt2.CONFIG.keys()
+        assert [len(group["params"]) for group in last["optimizer"]["param_groups"]] == [6, 10]
 
     @cases("call, a_step", [("fsync", 3), ("replace", 2)])  # best.pt, metrics.jsonl, last.pt
     def test_a_failed_save_leaves_whole_files(
@@ -2118,59 +1821,39 @@ class TestRuns:
             folder = tmp_path / str(k)
             caplog.clear()
             monkeypatch.setattr(os, call, at_call(k, raising(error), real))
-            run = gpt2.train(config | given, out=folder)
             failed = math.ceil(k / a_step)  # in "step 3": the picture
+            run = gpt2.train(config | given, out=folder)
             for step in (1, 2):
                 next(run)
-                names = set(os.listdir(folder))
-                assert names <= {"best.pt", "last.pt", "metrics.jsonl"}  # no part of a file
-                assert all(read(folder / name) for name in names - {"metrics.jsonl"})
-                saved = step - (step == failed)
-                assert (load(folder / "last.pt")["step"] if saved else 0) == saved
+                assert all(read(path) for path in folder.glob("*.pt"))
+                assert not list(folder.glob("*.part"))
+                assert step == failed or load(folder / "last.pt")["step"] == step
             if failed == 2:
-                refused("step 2.*not saved", lambda: next(run), OSError)  # noqa: B023
+                refused("step 2.*not saved", lambda run=run: next(run), OSError)
             else:
                 assert list(run) == []
                 assert_same_run(folder, tmp_path / "whole")
-            assert f"step {failed} " in caplog.text or (failed == 3 and "loss.png" in caplog.text)
             assert "No space left" in caplog.text
 
-    def test_best_is_true_after_a_failed_save(self, config, tmp_path, monkeypatch):
-        """The rate is so high that the loss of step 1 stays the lowest."""
-        other = write(tmp_path / "other.txt", "Blue, green! " * 40)
-        given = {"data": str(other), "val_data": config["data"], "learning_rate": 1.0}
-        given |= {"warmup_steps": 0, "max_steps": 3, "eval_every": 1}
-        fail = raising(OSError(28, "No space left on device"))
-        monkeypatch.setattr(os, "fsync", at_call(1, fail, os.fsync))
-        losses = [row["val_loss"] for row in take(config | given, out=tmp_path / "run")]
-        best, last = load(tmp_path / "run" / "best.pt"), load(tmp_path / "run" / "last.pt")
-        lowest = min(losses[1:])  # of those that could be saved
-        assert losses[0] < lowest and best["step"] == losses.index(lowest) + 1
-        assert (last["best_step"], last["best_val_loss"]) == (best["step"], lowest)
-
-    @cases("library, name", [("matplotlib.figure", None), ("matplotlib.figure", "savefig")])
-    def test_a_run_without_a_picture_succeeds(self, cli, config, monkeypatch, library, name):
-        if name is None:  # it is not installed; or it is, and drawing fails
-            monkeypatch.setitem(sys.modules, library, None)
-        else:
-            monkeypatch.setattr(f"{library}.Figure.{name}", raising(ValueError("no font")))
+    @cases("figure", [None, SimpleNamespace(Figure=raising(ValueError("no font")))])
+    def test_a_run_without_a_picture_succeeds(self, cli, config, monkeypatch, figure):
+        """Matplotlib is not installed; or it is, and drawing fails."""
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", figure)
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "run")
         assert result.code == 0 and "loss.png" in result.err
         assert sorted(os.listdir("run")) == ["last.pt", "metrics.jsonl"]
 
-    def test_the_picture_shows_both_losses_and_the_lowest(self, tmp_path, monkeypatch):
+    def test_the_picture_shows_both_losses_and_the_lowest(self, whole, monkeypatch):
         from matplotlib.figure import Figure
 
         drawn = []
-        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes))
-        losses = [(9.0, {}), (5.0, {"val_loss": 6.5}), (4.0, {"val_loss": 7.5})]
-        rows = [{"step": i, "train_loss": a} | b for i, (a, b) in enumerate(losses, start=1)]
-        for count in (1, 3):  # at first without a measurement
-            gpt2.plot_losses(write_lines(tmp_path / "rows", *rows[:count]), io.BytesIO())
-        (axes,) = drawn[1]
-        lines = [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
-        assert lines == [[(1, 9.0), (2, 5.0), (3, 4.0)], [(2, 6.5), (3, 7.5)], [(2, 6.5)]]
-        assert axes.get_ylim()[0] == 0 and "6.50" in axes.get_legend().get_texts()[2].get_text()
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+        gpt2.plot_losses(whole / "metrics.jsonl", io.BytesIO())
+        trained = [(row["step"], row["train_loss"]) for row in metrics_of(whole)]
+        measured = [(r["step"], r["val_loss"]) for r in metrics_of(whole) if "val_loss" in r]
+        lines = [list(zip(*line.get_data(), strict=True)) for line in drawn[0].lines]
+        assert lines == [trained, measured, [min(measured, key=lambda point: point[1])]]
+        assert drawn[0].get_ylim()[0] == 0 and len(drawn[0].get_legend().get_texts()) == 3
 
     @long_test
     def test_a_run_under_kill_9_can_be_resumed_to_the_same_end(self, config, tmp_path):
@@ -2187,37 +1870,25 @@ class TestRuns:
             assert_same_run(folder, tmp_path / "whole")
 
     @long_test
-    @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
-    def test_a_real_signal_saves_and_says_how_to_go_on(self, config, tmp_path, name, status):
-        given = config | {"epochs": 4000.0, "eval_every": 1, "checkpoint_every": 10_000}
-        with start("train", *words(given), "--out", tmp_path) as process:
-            assert any(line.startswith("step 2/") for line in iter(process.stderr.readline, ""))
-            process.send_signal(getattr(signal, name))
-            notes = process.communicate(timeout=60)[1]
-        assert process.returncode == status and "--resume" in notes and "Traceback" not in notes
-        assert len(metrics_of(tmp_path)) == load(tmp_path / "last.pt")["step"] > 1
-
-    @long_test
     def test_a_full_disk_loses_nothing_saved(self, config, tmp_path, caplog, request):
-        disk = tmp_path / "disk"
-        disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("mounting a small disk is not allowed here")
-        request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
-        run = gpt2.train(config | {"val_fraction": 0.0, "checkpoint_every": 1}, out=disk)
+        request.addfinalizer(lambda: subprocess.run(["umount", "-l", tmp_path], check=True))
+        given = config | {"val_fraction": 0.0, "checkpoint_every": 1}
+        run, path = gpt2.train(given, out=tmp_path), tmp_path / "last.pt"
         next(run)
-        before = (disk / "last.pt").read_bytes()
-        with open(disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+        before = path.read_bytes()
+        with open(tmp_path / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
             while True:
                 file.write(bytes(4096))
         for step in range(2, 16):
             next(run)
-            assert (disk / "last.pt").read_bytes() == before and not list(disk.glob("*.part"))
+            assert path.read_bytes() == before and not list(tmp_path.glob("*.part"))
             assert f"step {step} was not saved" in caplog.text
-        (disk / "filler").unlink()
+        (tmp_path / "filler").unlink()
         assert len(list(run)) == 1
-        assert load(disk / "last.pt")["step"] == len(metrics_of(disk)) == 16
+        assert load(path)["step"] == len(metrics_of(tmp_path)) == 16
 
 
 # ---- 10. Pretrained ----
@@ -2239,12 +1910,10 @@ WRONG_CONFIG |= {"tie_word_embeddings": False, "n_embd": "wide", "n_head": 5, "n
 
 OTHER_WEIGHTS = {  # what is said of them, and what is other than in GPT-2
     "score head of 2 labels": {"score.weight": torch.ones(2, 12)},
-    "multiple_choice_head": {"multiple_choice_head.summary.weight": torch.ones(1, 12)},
     "quantised": {"h.0.mlp.c_fc.weight": torch.ones(12, 48, dtype=torch.int8)},
     "untied": {"lm_head.weight": torch.ones(61, 12)},
     "extra": {"extra.weight": torch.ones(61, 12)},
     "position_embedding": {"wpe.weight": torch.ones(8)},
-    "1.*2.weight is missing": {"h.1.ln_2.weight": None},
     "1.*2.bias is missing": {"h.1.ln_2.bias": None},
     "token_embedding.weight is missing": {"wte.weight": None},
 }
@@ -2312,13 +1981,6 @@ def nano_checkpoint(model, bias=True, **changes):
     return {"model_args": args | {"bias": bias, "dropout": 0.0} | changes, "model": weights}
 
 
-class FolderTrap:
-    """Unpickled without care, this writes a file."""
-
-    def __reduce__(self):
-        return open, ("trapped", "w")
-
-
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A folder that a tiny model without biases for queries, keys and values was exported to."""
@@ -2338,23 +2000,12 @@ def folder(exported, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on this machine instead of Hugging Face's, and a tiny gpt2. A list of what is asked."""
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            asked.append(self.path)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)  # serves this folder
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    """A folder instead of Hugging Face's hub, and a tiny gpt2; the place of its weights."""
+    monkeypatch.setenv("HF_ENDPOINT", f"{tmp_path.as_uri()}/hub")
     monkeypatch.setenv("TORCH_HOME", "home")
     monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2", TINY | {"dropout_rate": 0.1})
     monkeypatch.chdir(tmp_path)
-    yield asked
-    server.shutdown()
-    server.server_close()
+    return put(Path("hub/openai-community/gpt2/resolve/main/model.safetensors"), "")
 
 
 class TestPretrained:
@@ -2398,37 +2049,23 @@ class TestPretrained:
         assert tokens["model_max_length"] == 8 and tokens["tokenizer_class"] == "GPT2Tokenizer"
         assert {tokens[key] for key in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
 
-    def test_an_export_read_as_transformers_does_says_the_same(self, cli, tokenizer):
-        """A GPT-2 and a tokenizer that know nothing of ours but the files in the folder."""
+    def test_an_export_read_as_transformers_does_says_the_same(self, cli):
+        """A GPT-2 that knows nothing of ours but the files in the folder."""
         model, new = lively(SMALL | {"n_layers": 2, "dropout_rate": 0.1}), Path("new")
         assert cli("export", new, "--model", save_model(model, "model.pt")).code == 0
-        vocabulary, said = read_json_of(new, "vocab.json"), read_json_of(new)
-        merges = (new / "merges.txt").read_text("utf-8").splitlines()[1:]
-        ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
+        weights, said = read_tensors(new / "model.safetensors"), read_json_of(new)
+        ids = some_ids(1, 8, vocab=50257)
+        expected = reference_logits(weights, said["n_head"], ids[0])
+        assert torch.allclose(model(ids)[0].double(), expected, atol=1e-4)
+        assert {name: sha256(new / name) for name in VOCABULARY} == VOCABULARY
 
-        ids = []
-        for word in ("Edith", "ĠWharton", ",", "Ġof", "ĠNew", "ĠYork", "ĠĊ"):
-            parts = list(word)
-            while pairs := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
-                at = list(itertools.pairwise(parts)).index(min(pairs, key=ranks.get))
-                parts[at : at + 2] = ["".join(parts[at : at + 2])]
-            ids += [vocabulary[part] for part in parts]
-        assert ids == tokenizer.encode("Edith Wharton, of New York \n")
-        assert vocabulary["<|endoftext|>"] == said["eos_token_id"] == len(vocabulary) - 1 == END
-
-        weights = read_tensors(new / "model.safetensors")
-        expected = reference_logits(weights, said["n_head"], ids[-8:])
-        assert torch.allclose(model(torch.tensor([ids[-8:]]))[0].double(), expected, atol=1e-4)
-
-    def test_other_vocabularies_are_cut_or_go_without_tokenizer(self, tmp_path, exported, caplog):
+    def test_other_vocabularies_are_cut_or_go_without_tokenizer(self, tmp_path, exported):
         padded = lively(SMALL | {"vocab_size": 50304})
         padded.save_pretrained(tmp_path / "new")
         tensors = read_tensors(tmp_path / "new" / "model.safetensors")
         assert torch.equal(tensors["wte.weight"], padded.token_embedding.weight[:50257])
         assert read(tmp_path / "new").config == SMALL and (tmp_path / "new/vocab.json").exists()
         assert sorted(os.listdir(exported)) == ["config.json", "model.safetensors"]
-        lively(TINY).save_pretrained(tmp_path / "tiny")
-        assert "tokenizer" in caplog.text
 
     @cases("old", ["other.bin", "model/config.json"])
     def test_only_a_new_folder_is_exported_to(self, tmp_path, exported, old):
@@ -2436,10 +2073,9 @@ class TestPretrained:
         refused("not empty", lambda: read(exported).save_pretrained(tmp_path))
 
     @cases("prefix", ["", "transformer.", "module._orig_mod.transformer.", "_module.", "model."])
-    @cases("files", [[""], ["-1", "-2"]])
     @cases("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-    def test_a_folder_of_each_kind_is_read(self, folder, prefix, files, dtype):
-        """Whole or in shards; with a prefix there are a head and masks, as in older files."""
+    def test_a_folder_of_each_kind_is_read(self, folder, prefix, dtype):
+        """With a prefix there are a head and masks, as in older files."""
         model = lively(TINY | {"n_layers": 11, "emb_dim": 6}).to(dtype).float()
         edit_config(folder, n_layer=11, n_embd=6)
         weights = {name: tensor.to(dtype) for name, tensor in openai_weights(model).items()}
@@ -2450,32 +2086,27 @@ class TestPretrained:
             tensors["lm_head.weight"] = weights["wte.weight"].clone()
         if prefix == "model.":  # a tied file may hold the head alone
             del tensors["model.wte.weight"]
-        parts = [tensors] if len(files) == 1 else [dict([*tensors.items()][i::2]) for i in (0, 1)]
         (folder / "model.safetensors").unlink()
-        for file, part in zip(files, parts, strict=True):
-            torch.save(part, folder / f"pytorch_model{file}.bin")
+        torch.save(tensors, folder / "pytorch_model.bin")
         assert same(read(folder).state_dict(), model.state_dict())
-        for file, part in zip(files, parts, strict=True):
-            write_tensors(folder / f"model{file}.safetensors", part)
-            torch.save({}, folder / f"pytorch_model{file}.bin")  # which is not read any more
+        write_tensors(folder / "model.safetensors", tensors)
+        torch.save({}, folder / "pytorch_model.bin")  # which is not read any more
         assert same(read(folder).state_dict(), model.state_dict()) and not read(folder).training
 
-    @cases("stem, suffix", [("model", "safetensors"), ("pytorch_model", "bin")])
-    def test_an_index_names_the_shards_and_a_missing_one_is_said(self, folder, stem, suffix):
-        save = write_tensors if suffix == "safetensors" else (lambda path, x: torch.save(x, path))
+    def test_shards_are_read_by_an_index_or_all_and_a_missing_one_is_said(self, folder):
         (folder / "model.safetensors").unlink()
         weights = openai_weights(lively(TINY))
-        shards = [f"{stem}-{i}-of-2.{suffix}" for i in (1, 2)]
+        shards = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
         index = {name: shards[i % 2] for i, name in enumerate(weights)}
         for shard in shards:
-            save(folder / shard, {name: weights[name] for name in index if index[name] == shard})
-        save(folder / f"{stem}-old.{suffix}", {"wte.weight": weights["wte.weight"] + 1})
-        write(folder / f"{stem}.{suffix}.index.json", json.dumps({"weight_map": index}))
+            part = {name: weights[name] for name in index if index[name] == shard}
+            write_tensors(folder / shard, part)
+        assert same(read(folder).state_dict(), lively(TINY).state_dict())
+        write_tensors(folder / "model-old.safetensors", {"wte.weight": weights["wte.weight"] + 1})
+        write(folder / "model.safetensors.index.json", json.dumps({"weight_map": index}))
         assert same(read(folder).state_dict(), lively(TINY).state_dict())
         (folder / shards[1]).unlink()
         refused(shards[1], lambda: read(folder))
-        write(folder / f"{stem}.{suffix}.index.json", "{}")
-        refused("folder", lambda: read(folder))
 
     def test_a_config_may_say_the_same_in_other_words(self, folder):
         others = [{"activation_function": name} for name in ("gelu_pytorch_tanh", "gelu_fast")]
@@ -2491,9 +2122,8 @@ class TestPretrained:
         edit_config(folder, **{key: WRONG_CONFIG[key]})
         ours = {"n_embd": "emb_dim", "n_head": "n_heads", "n_positions": "position_embedding"}
         refused(f"folder.*{ours.get(key, key)}", lambda: read(folder))
-        for n_layer in (1, 3):
-            edit_config(folder, n_layer=n_layer)
-            refused("folder", lambda: read(folder))
+        edit_config(folder, n_layer=3)
+        refused("folder", lambda: read(folder))
 
     @cases("cause", OTHER_WEIGHTS)
     def test_weights_of_another_kind_of_model_are_refused(self, folder, cause):
@@ -2507,11 +2137,6 @@ class TestPretrained:
         for name in NO_MODELS[cause].split():
             put(tmp_path / "some" / name, "{}")
         refused(f"some.*{cause}", lambda: read(tmp_path / "some"))
-
-    @cases("content", ["[1]", "words", "[" * 10**5])
-    def test_a_config_that_is_none_is_refused(self, folder, content):
-        put(folder / "config.json", content)
-        refused("folder.config.json", lambda: read(folder))
 
     @cases("name", ["vocab.json", "tokenizer.json"])
     def test_a_tokenizer_that_is_not_gpt2s_is_refused(self, folder, name):
@@ -2539,7 +2164,7 @@ class TestPretrained:
         bad = [weights, [1], good | {"model": {}}, good | {"model": [1]}, good | {"config": 5}]
         bad += [good | {"config": TINY | {"n_heads": 5}}, good | {"config": TINY | {"emb_dim": 6}}]
         bad += [good | {"model": weights | more} for more in ({"x": {}}, {"final_norm.bias": 5})]
-        bad += [good | {"model": FolderTrap()}, {"model_args": {}, "model": FolderTrap()}]
+        bad += [good | {"model": Trap()}, {"model_args": {}, "model": Trap()}]
         for content in bad:
             torch.save(content, "bad.pt")
             refused("bad.pt", lambda: read("bad.pt"))
@@ -2556,13 +2181,13 @@ class TestPretrained:
 
     def test_a_damaged_file_is_named_and_nothing_in_it_is_run(self, folder):
         good = save_model(lively(TINY), Path("good.pt")).read_bytes()
-        trap = pickle.dumps(FolderTrap(), 2)
+        trap = pickle.dumps(Trap(), 2)
         for content in (b"", b"words " * 99, good[:9000], good[:-1], trap):
             refused("bad.pt", lambda content=content: read(put(Path("bad.pt"), content)))
+            refused("bad.pt", lambda: gpt2.load_checkpoint("bad.pt", mmap=False))  # as to resume
         path = folder / "model.safetensors"
         good = path.read_bytes()
-        deep = (10**5).to_bytes(8, "little") + b"[" * 10**5
-        for content in (good[:-100], b"", b"\2\0\0\0\0\0\0\0[]", b"word " * 99, deep):
+        for content in (good[:-100], b"", b"\2\0\0\0\0\0\0\0[]", b"word " * 99):
             path.write_bytes(content)
             refused("model.safetensors", lambda: read(folder))
         for edit in ({"data_offsets": [10**9, 10**9 + 48]}, {"shape": ["x"]}, {"dtype": "F4"}):
@@ -2571,6 +2196,8 @@ class TestPretrained:
         path.unlink()
         put(folder / "pytorch_model.bin", trap)
         refused("folder", lambda: read(folder))
+        put(folder / "config.json", '{"n_embd": 12')
+        refused("folder.config.json", lambda: read(folder))
         assert not Path("trapped").exists()
 
     @cases("name", ["folder/model.safetensors", "ckpt.pt"])
@@ -2578,11 +2205,12 @@ class TestPretrained:
         put(Path(name), "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
         refused(f"{name}.*git lfs pull", lambda: read(name.partition("/")[0]))
 
-    def test_a_checkpoint_of_the_version_before_is_read(self, tmp_path):
+    def test_a_checkpoint_of_the_version_before_is_read_but_not_resumed(self, tmp_path):
         weights = lively(TINY).state_dict()
         del weights["head.weight"]  # the tied head is new, and so is the key "version"
-        torch.save({"config": TINY, "model": weights, "step": 5}, tmp_path / "old.pt")
-        assert same(read(tmp_path / "old.pt").state_dict(), lively(TINY).state_dict())
+        torch.save({"config": TINY, "model": weights, "step": 5}, tmp_path / "last.pt")
+        assert same(read(tmp_path).state_dict(), lively(TINY).state_dict())
+        refused("earlier version.*--init", lambda: go_on(tmp_path))
 
     def test_of_a_runs_folder_the_best_model_is_read_else_the_last(self, tmp_path):
         for name, seed in (("last.pt", 1), ("best.pt", 2)):
@@ -2590,11 +2218,11 @@ class TestPretrained:
             assert same(read(str(tmp_path)).state_dict(), lively(TINY, seed=seed).state_dict())
 
     def test_a_name_is_downloaded_once_and_what_lies_here_comes_first(self, hub):
-        place = Path("openai-community/gpt2/resolve/main/model.safetensors")
-        write_tensors(put(place, ""), openai_weights(lively(TINY)))
-        for _ in range(2):
-            assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
-        assert hub == [f"/{place}"] and not read("gpt2").training
+        write_tensors(hub, openai_weights(lively(TINY)))
+        assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
+        hub.unlink()
+        assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
+        assert not read("gpt2").training
         save_model(lively(TINY, seed=5), "gpt2")
         assert same(read("gpt2").state_dict(), lively(TINY, seed=5).state_dict())
 
@@ -2610,7 +2238,7 @@ class TestPretrained:
         Path("gpt2").mkdir()
         refused("folder gpt2", lambda: read("gpt2"))
         save_model(lively(TINY, seed=3), "gpt2/best.pt")  # a run with --out gpt2
-        assert same(read("gpt2").state_dict(), lively(TINY, seed=3).state_dict()) and hub == []
+        assert same(read("gpt2").state_dict(), lively(TINY, seed=3).state_dict())
         refused("gpt3.*gpt2-xl", lambda: read("gpt3"), FileNotFoundError)
 
     @pytest.mark.skipif(
@@ -2644,17 +2272,6 @@ def bytes_of(model):
     return sum(sizes.values())
 
 
-def before_each_call(act, name):
-    """The function of gpt2 with this name, and before it `act` on its arguments."""
-    function = getattr(gpt2, name)
-
-    def wrapped(*arguments, **named):
-        act(*arguments)
-        return function(*arguments, **named)
-
-    return wrapped
-
-
 class TestFastCPUs:
     @cases("rows", [1, 2, 4, 5, 63, 128, 129])
     @cases("outputs", [48, 336, 250, 331, 29])
@@ -2673,20 +2290,11 @@ class TestFastCPUs:
     def test_int8_products_are_those_of_a_plain_linear_up_to_rounding(self, rows, width, bias):
         linear, x = nn.Linear(width, 96, bias=bias), torch.randn(2, rows, width)
         linear.weight.mul_(torch.logspace(-3, 3, 96)[:, None])  # each row has its own scale
+        linear.weight[7] = 0  # as a padded vocabulary may have it
         found, expected = gpt2.Int8Linear(linear)(x), linear(x)
-        size = x.abs() @ linear.weight.abs().t() + expected.abs()
+        size = x.abs() @ linear.weight.abs().t() + expected.abs() + 1e-9
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert ((found - expected).abs() / size).max() < 0.02
-
-    @torch.no_grad()
-    def test_int8_moves_loss_and_logits_of_a_lively_model_little(self):
-        size = SMALL | {"emb_dim": 32, "n_heads": 4, "n_layers": 3, "context_length": 32}
-        model, ids = lively(size, scale=0.4), some_ids(4, 32, vocab=50257)
-        loss, logits = gpt2.evaluate(model, [(ids, ids.roll(-1, 1))]), model(ids)
-        gpt2.speed_up(model, "int8")
-        assert abs(gpt2.evaluate(model, [(ids, ids.roll(-1, 1))]) - loss) < 0.02
-        for found, expected in ((model(ids), logits), (model(ids[:, :5]), logits[:, :5])):
-            assert (found - expected).pow(2).mean().sqrt() < 0.05 * logits.std()
 
     @torch.no_grad()
     def test_int8_keeps_no_other_copy_of_a_matrix_and_looks_tokens_up_in_it(self):
@@ -2696,22 +2304,28 @@ class TestFastCPUs:
         found, expected = model.token_embedding(ids), plain.token_embedding(ids)
         assert found.shape == (3, 5, 64) and (found - expected).abs().max() < 0.01
 
-    @cases("precision, near", [("auto", 1e-5), ("int8", 0.3), ("bf16", 0.05)])  # of 46 nats
+    @cases("precision, near", [("auto", 1e-5), ("int8", 0.3), ("bf16", 0.05), ("fp16", 0.01)])
     def test_generate_and_eval_use_the_fast_parts(self, cli, monkeypatch, precision, near):
+        """By default they compute in fp32, also where the CPU computes bf16."""
+
+        def spy(module, *given, real=gpt2.GPT2.forward, **named):
+            used.append((fast_parts(module), next(module.parameters()).dtype))
+            return real(module, *given, **named)
+
         model = lively(SMALL | {"emb_dim": 192, "context_length": 32}, scale=1.0)
         nn.init.zeros_(model.final_norm.bias)  # and it says more than one word
         options = ["--json", "--precision", precision, "--model", save_model(model, "model.pt")]
         ids = gpt2.generate(model, torch.tensor([[END]]), 20, eos_id=END)
         windows = gpt2.TextDataset(tokens_in(write("a.txt", VERDICT[:400])), 32)
         loss, used = gpt2.evaluate(model, gpt2.scoring_batches(windows, 16)), []
-        for name in ("generate", "evaluate"):
-            spy = before_each_call(lambda model, *_: used.append(fast_parts(model)), name)
-            monkeypatch.setattr(gpt2, name, spy)
+        monkeypatch.setattr(gpt2.GPT2, "forward", spy)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
 
         said = json.loads(cli("generate", "<|endoftext|>", "--max_tokens=20", *options).out)
         report = json.loads(cli("eval", "a.txt", *options).out)
         kinds = {"auto": {gpt2.FewRowsLinear}, "int8": {gpt2.Int8Linear, gpt2.Int8Embedding}}
-        assert used == [kinds.get(precision, set())] * 2
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        assert len(used) > 20 and set(map(str, used)) == {str((kinds.get(precision, set()), dtype))}
         assert report["loss"] == approx(loss, abs=near)
         if precision == "auto":
             text = gpt2.token_ids_to_text(ids[:, 1:], gpt2.load_tokenizer())
@@ -2749,16 +2363,11 @@ def shelf(tmp_path_factory, config):
     folder = tmp_path_factory.mktemp("shelf")
     save_model(lively(SMALL), folder / "good.pt")
     save_model(lively(TINY), folder / "few.pt")
-    list(gpt2.train(config | {"max_steps": 1}, out=folder / "run"))
-    texts = {
-        "good.txt": VERDICT[:2000],
-        "empty.txt": "",
-        "short.txt": "hello there",
-        "one.txt": "a",
-    }
-    texts |= {"words.pt": "words " * 99, "asked.txt": '{"prompt": "Once"}\n{"prompt": \n'}
-    texts |= {"keys.jsonl": '{"title": "a"}', "single.jsonl": '{"prompt": "a", "completion": "b"}'}
-    for name, text in (texts | {"unasked.txt": '{"question": "Once"}'}).items():
+    take(config | {"max_steps": 1}, out=folder / "run")
+    texts = {"good.txt": VERDICT[:2000], "short.txt": "hello there", "one.txt": "a"}
+    texts |= {"empty.txt": "", "words.pt": "words " * 99, "keys.jsonl": '{"title": "a"}'}
+    texts |= {"asked.txt": '{"prompt": "Once"}\n{"prompt": \n', "single.jsonl": json.dumps(PAIR)}
+    for name, text in texts.items():
         write(folder / name, text)
     (folder / "latin.txt").write_bytes(b"caf\xe9 au lait")
     return folder
@@ -2815,13 +2424,6 @@ def pasted(result, command):
     return [command, *shlex.split(rest)]
 
 
-def in_shell(command, folder):
-    """Paste a command into a shell whose `python` is this one."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    how = {"shell": True, "cwd": folder, "capture_output": True, "text": True}
-    return subprocess.run(f"set -e\n{command}", env=os.environ | {"PATH": path}, **how)
-
-
 def in_terminal(given, columns=80, keys=b"", until=b"", more=""):
     """Run gpt2.py in a real terminal, type keys once it showed `until` -> (status, screen)."""
     spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
@@ -2837,64 +2439,47 @@ def in_terminal(given, columns=80, keys=b"", until=b"", more=""):
     return process.returncode, screen.decode().replace("\r\n", "\n")
 
 
-# Command lines, each with what its error names: options out of their limits, what is missing, …
-OUT_OF_LIMITS = {
-    "train": "epochs=0 epochs=nan max_steps=-1 batch_size=0 grad_accumulation=0 context_length=0 "
-    "dropout_rate=1 val_fraction=1 learning_rate=-1 stride=-1 patience=-1 seed=-1 warmup_steps=-1",
-    "generate --model gpt2": "temperature=-1 temperature=nan top_k=0 top_k=-5 top_p=0 top_p=1.5 "
-    "max_tokens=0 max_tokens=-5 num_samples=0",
-    "eval --model gpt2": "stride=-5",
-}
-
-
+# Command lines, each with what its error names.
 BAD_LINES = [
-    (f"{command} --{value}", value.replace("=", " is "))
-    for command, values in OUT_OF_LIMITS.items()
-    for value in values.split()
-]
-
-
-MISSING = (
-    "train NO,train good.txt NO,train --init gpt2 --data NO,train --init NO,"
-    "train --resume --out NO,generate --model NO,generate --model gpt2 --prompts NO,"
-    "eval NO --model good.pt,info NO,export new --model NO,tokenize NO out.bin"
-)
-
-
-BAD_LINES += [(line.replace("NO", "missing.txt"), "missing.txt") for line in MISSING.split(",")]
-
-
-BAD_LINES += [
-    *(("nonsense", "nonsense"), ("export", "folder"), ("info", "model"), ("eval", "last.pt")),
-    *(("train --epohcs 3", "--epochs"), ("train --epoch 3", "--epochs"), ("generate", "last.pt")),
-    *(
-        ("train --epochs many", "many"),
-        ("generate --seed many", "many"),
-        ("tokenize a.bin", ".bin"),
-    ),
-    *(("train --vocab_size 61", "vocab_size 61"), ("train --n_heads 3", "n_heads 3")),
-    *(("train --device warp", "'warp'"), ("generate --model good.pt --device warp", "'warp'")),
-    *(("train --precision int8", "'int8'"), ("eval --model good.pt --precision fp8", "'fp8'")),
-    *(("train --model_size gpt3", "gpt2-medium"), ("eval --model good.pt --strid 5", "--stride")),
-    *(("train latin.txt", "latin.txt, line 1, byte 4"), ("tokenize latin.txt a.bin", "latin.txt")),
-    *(("train empty.txt", "empty.txt"), ("train short.txt", "context_length 64")),
-    *(("train keys.jsonl", "keys.jsonl"), ("train single.jsonl", "val_fraction")),
-    *(("eval one.txt --model good.pt", "one.txt"), ("eval good.txt --model few.pt", "few.pt")),
-    *(("train --resume --out run --overwrite", "overwrite"), ("train --init words.pt", "words.pt")),
+    ("nonsense", "nonsense"),
+    ("export", "folder"),
+    ("train --epohcs 3", "did you mean --epochs"),
+    ("train --epochs many", "many"),
+    ("train --epochs 0", "epochs is 0"),
+    ("train --precision int8", "'int8'"),
+    ("train --device xpu", "'xpu'"),
+    ("train --model_size gpt3", "gpt2-medium"),
+    ("train --n_heads 3", "n_heads 3"),
+    ("train --vocab_size 61", "vocab_size 61"),
+    ("train good.txt missing.txt", "missing.txt"),
+    ("train --init gpt2 --val_data missing.txt", "missing.txt"),  # before a download
+    ("train latin.txt", "latin.txt, line 1, byte 4"),
+    ("train short.txt", "context_length 64"),
+    ("train keys.jsonl", "keys.jsonl"),
+    ("train single.jsonl", "val_fraction"),
+    ("train --init words.pt", "words.pt"),
+    ("train --init good.pt --emb_dim 16", "emb_dim"),
+    ("train --init gpt2 --out run", "--resume"),  # before a download
+    ("train --resume --out missing", "missing"),
+    ("train --resume --out run", "--max_steps 0"),
     ("train --resume --out run --emb_dim 16", "emb_dim must stay 8"),
-    *(("train --resume --out run", "--max_steps 0"), ("train --resume --init good.pt", "init")),
-    *(("train --out run", "run: give --resume"), ("train --init gpt2 --out run", "--resume")),
-    *(("train --out good.pt", "good.pt"), ("train --init good.pt --emb_dim 16", "emb_dim")),
-    ("train --init good.pt --context_length 32", "context_length"),
-    *(("generate --model words.pt", "words.pt"), ("generate --model few.pt", "few.pt")),
-    *(("generate --resume", "--resume"), ("generate --model gpt2", "gpt2.safetensors")),
-    ("generate --model good.pt --prompts asked.txt", "asked.txt"),
-    *(("export run --model good.pt", "run"), ("export words.pt --model good.pt", "words.pt")),
-    *(("tokenize good.txt out.txt", "out.txt"), ("info words.pt", "words.pt")),
-    ("train --init gpt2 --val_data none.txt", "none.txt"),
-    ("eval --model gpt2 --data none.txt", "none.txt"),
-    ("generate --model good.pt --prompts unasked.txt", "unasked.txt"),
+    ("train --resume --init good.pt", "init"),
+    ("generate --model missing.pt", "missing.pt"),
+    ("generate --model gpt2 --temperature -1", "temperature is -1"),  # before a download
+    ("generate --model gpt2 --max_tokens 0", "max_tokens is 0"),
+    ("generate --model gpt2", "gpt2.safetensors"),
+    ("generate --model few.pt", "few.pt"),
     ("generate --model good.pt --do_sample --seed -1", "seed is -1"),
+    ("generate --model good.pt --input a", "--instruct"),
+    ("generate Once --model good.pt --prompts good.txt", "exclude each other"),
+    ("generate --model good.pt --prompts asked.txt", "asked.txt, prompt 2"),
+    ("generate --model good.pt --prompts empty.txt", "empty.txt"),
+    ("eval --model gpt2 --stride -5", "stride is -5"),
+    ("eval --model gpt2 --data missing.txt", "missing.txt"),
+    ("eval --model good.pt --data one.txt", "one.txt"),
+    ("export run --model good.pt", "run is not empty"),
+    ("tokenize good.txt out.txt", "out.txt"),
+    ("info words.pt", "words.pt"),
 ]
 
 
@@ -2909,91 +2494,60 @@ class TestCommandLine:
         made = {path.name for path in shelf.rglob("*")} - before
         assert made <= {"checkpoints", "metrics.jsonl"}  # where a run would have been
 
-    def test_no_option_is_offered_that_the_command_lacks(self, cli):
-        assert "--resume" not in cli("generate", "--resume").err.partition("arguments: --resume")[2]
-
-    @cases("given", [["--help"], ["train", "--help"], ["generate", "--help"]])
-    def test_help_breaks_no_word_at_a_hyphen(self, cli, monkeypatch, given):
-        for columns in range(40, 100):
-            monkeypatch.setenv("COLUMNS", str(columns))
-            assert not re.search(r"\w-\n", cli(*given).out), columns
-
     @cases("command", gpt2.COMMANDS)
-    def test_help_shows_every_option_with_its_meaning_and_default(self, cli, monkeypatch, command):
+    def test_help_shows_every_option_with_its_default(self, cli, monkeypatch, command):
         monkeypatch.setenv("COLUMNS", "300")
-        text = cli(command, "--help").out
-        blocks = [block.split("\n\n")[0] for block in text.split("\n  --")[1:]]
-        shown = {re.match(r"\w+", block)[0]: " ".join(block.split()) for block in blocks}
+        text = re.sub(r"\n {9,}", " ", cli(command, "--help").out)
+        shown = dict(re.findall(r"^  --(\w+)(.*)", text, re.MULTILINE))
         machine = "model seed device precision json "
         keys = {
             "train": "model_size init out resume auto_resume overwrite " + " ".join(gpt2.CONFIG),
             "generate": machine + "max_tokens do_sample temperature top_k top_p num_samples stop "
             "prompts instruct input only_new",
             "eval": "model data stride all device precision json",
-        } | {"export": "model"}
-        assert sorted(shown) == sorted(keys.get(command, "").split()) and "(default: )" not in text
+            "export": "model",
+        }
+        assert sorted(shown) == sorted(keys.get(command, "").split())
         defaults = gpt2.CONFIG | {"max_tokens": 100, "temperature": 1.0, "num_samples": 1}
-        for key, line in shown.items():
-            assert len(line.partition("(default")[0].split()) > 2, line  # a meaning
-            default = defaults.get(key, "")
-            if default != "" and type(default) is not bool:
-                assert f"(default: {default}" in line, line
-        assert command != "train" or all(name in shown["model_size"] for name in gpt2.OPENAI_SIZES)
+        for key in shown.keys() & defaults.keys():
+            default = defaults[key]
+            assert default in ("", False) or f"(default: {default}" in shown[key]
 
     def test_alone_it_shows_examples_that_parse_and_with_version_its_version(self, cli):
         result = cli()
-        lines = [line.split("   ") for line in result.out.splitlines() if "python gpt2.py" in line]
-        assert result.code == 0 and len(lines) >= 4
-        for line in lines:
-            example = next(part for part in line if part)
-            gpt2.parse(shlex.split(example)[2:])
+        examples = re.findall(r"python gpt2\.py (.*?)(?:   |\n|$)", result.out)
+        assert result.code == 0 and len(examples) >= 4
+        for example in examples:
+            gpt2.parse(shlex.split(example))
         assert cli("--version").out.split() == ["gpt2.py", gpt2.VERSION]
 
     def test_train_says_what_it_does_before_during_and_after(self, cli, config, monkeypatch):
         a_clock(monkeypatch, step=50)
+        monkeypatch.setattr(gpt2, "free_memory", lambda device: 10**5)
         given = config | {"max_steps": 5, "eval_every": 2}
         result = cli("train", *words(given), "--out", "a run/it's")
-
         rows = metrics_of(Path("a run/it's"))
-        lines = result.err.splitlines()
-        assert (result.code, result.out, rows[0]["tokens_per_second"]) == (0, "", 1.0)  # 48 targets
-        before = "\n".join(lines[: next(i for i, line in enumerate(lines) if "step" in line[:5])])
-        assert all(part in before for part in ("short.txt", "403,008 parameters", "cpu", "fp32"))
-        assert "0.0 GB" in before and "172 tokens" in before and "20 tokens" in before
-        steps = [line for line in lines if line.startswith("step ")]
-        time_left = ("", " 2:30 left", " 1:40 left", " 0:50 left", "")
-        for line, row, left in zip(steps, rows, time_left, strict=True):
-            assert f"step {row['step']}/5 " in line and f"loss {row['train_loss']:.3f} " in line
-            assert left in line
-        assert any(line.startswith("    I HAD always") for line in lines)  # as the text begins
-
         lowest = min(rows, key=lambda row: row.get("val_loss", math.inf))
-        after = "\n".join(lines[lines.index(steps[-1]) :])
+        assert (result.code, result.out, rows[0]["tokens_per_second"]) == (0, "", 1.0)  # 48 targets
+
+        before, *steps, after = re.split(r"^step ", result.err, flags=re.MULTILINE)
+        for part in ("short.txt", "403,008 parameters", "cpu", "fp32", "172 tokens", "20 tokens"):
+            assert part in before
+        assert re.search(r"0\.0 GB are free: .*--emb_dim", before)
+        time_left = (" 2:30 left", " 1:40 left", " 0:50 left")
+        for line, row in zip(steps, rows[:4], strict=True):
+            assert line.startswith(f"{row['step']}/5 ") and f"loss {row['train_loss']:.3f} " in line
+            assert row["step"] == 1 or time_left[row["step"] - 2] in line
+        assert "\n    I HAD always" in after  # as the text begins
         assert f"{lowest['val_loss']:.3f} after step {lowest['step']}" in after and "4:10" in after
         assert all(name in after for name in ("best.pt", "last.pt", "loss.png", "metrics.jsonl"))
-        assert cli(*pasted(result, "generate"), "--max_tokens", 3).code == 0
         assert pasted(result, "generate")[-1] == "a run/it's/best.pt"
-
-    def test_the_command_at_the_end_works_in_a_shell(self, cli, config, tmp_path):
-        result = cli("train", *words(config | {"max_steps": 1}), "--out", "a b")
-        (tmp_path / "gpt2.py").symlink_to(HERE / "gpt2.py")
-        done = in_shell(result.err.splitlines()[-1].partition("next")[2], tmp_path)
-        assert done.returncode == 0 and done.stdout.startswith("I HAD"), done.stderr
+        assert cli(*pasted(result, "generate"), "--max_tokens", 3).code == 0
 
     @cases("seconds, shown", [(59.6, "1:00"), (9, "0:09"), (725, "12:05"), (3599.7, "1 h 00 min")])
     def test_times_are_those_of_a_clock(self, seconds, shown):
         assert gpt2.duration(seconds) == shown
         assert gpt2.duration(400_599 * 60) == "278 days"
-
-    @cases("seconds, warned", [(40_000, []), (50_000, ["27 h 46 min"])])
-    def test_a_run_of_more_than_a_day_is_warned_of_after_ten_steps(
-        self, cli, config, monkeypatch, seconds, warned
-    ):
-        a_clock(monkeypatch, step=seconds)
-        notes = cli("train", *words(config | {"max_steps": 12})).err.splitlines()
-        assert [
-            re.search(r"\d+ h \d+ min", note)[0] for note in notes if "--epochs" in note
-        ] == warned
 
     @cases("between", ["_", "-"])
     def test_every_key_is_an_option_with_dashes_too(self, cli, config, between):
@@ -3005,38 +2559,30 @@ class TestCommandLine:
         assert load("checkpoints/last.pt")["config"] == full
 
     def test_files_without_an_option_are_the_data(self, at_shelf, config, tmp_path):
-        given = words(config | {"max_steps": 1, "val_fraction": 0.1, "data": "good.txt"})
-        given = [word for word in given if not word.startswith("--data=")]
+        given = words({key: config[key] for key in config if key != "data"} | {"max_steps": 1})
         assert at_shelf("train", "good.txt", "short.txt", *given, "--out", tmp_path).code == 0
         assert load(tmp_path / "last.pt")["config"]["data"] == "good.txt,short.txt"
-        given = ["--model", "good.pt", "--json"]
-        texts = (
-            at_shelf("eval", "short.txt", *given),
-            at_shelf("eval", *given, "--data", "short.txt"),
-        )
-        assert texts[0].out == texts[1].out != ""
 
-    def test_a_model_size_sets_size_and_rate_and_what_is_given_wins(self, cli, config, monkeypatch):
+    @cases("given", [{}, {"n_heads": 4, "learning_rate": 0.5}])
+    def test_a_model_size_sets_size_and_rate_and_what_is_given_wins(
+        self, cli, config, monkeypatch, given
+    ):
         small = {key: SMALL[key] for key in SMALL if key not in ("dropout_rate", "qkv_bias")}
-        medium = gpt2.OPENAI_SIZES["gpt2-medium"] | small
-        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2-medium", medium)
+        monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2-medium", small | {"learning_rate": 3e-4})
         rest = {key: config[key] for key in config.keys() - TINY.keys() - {"learning_rate"}}
-        expected = gpt2.CONFIG | rest | small | {"learning_rate": 3e-4, "min_learning_rate": 3e-5}
-        for given in ({}, {"n_heads": 4, "learning_rate": 0.5}):
-            line = words(rest | {"max_steps": 1} | given)
-            assert cli("train", *line, "--model_size=gpt2-medium", "--overwrite").code == 0
-            saved = load("checkpoints/last.pt")["config"]
-            assert saved == approx(expected | {"max_steps": 1} | given)
+        rest |= {"max_steps": 1} | given
+        assert cli("train", *words(rest), "--model_size=gpt2-medium").code == 0
+        rates = {"learning_rate": 3e-4, "min_learning_rate": 3e-5}
+        expected = gpt2.CONFIG | small | rates | rest
+        assert load("checkpoints/last.pt")["config"] == approx(expected)
 
     def test_init_takes_each_kind_of_model_and_trains_it_gently(self, cli, config, whole):
         rest = {key: config[key] for key in ("data", "batch_size", "precision")} | {"max_steps": 1}
         assert cli("export", "exported", "--model", whole).code == 0
         for init in (whole / "best.pt", whole, "exported"):
             assert cli("train", "--init", init, *words(rest), "--overwrite").code == 0
-            saved = load("checkpoints/last.pt")
-            gentle = {"learning_rate": 1e-4, "min_learning_rate": 1e-5, "epochs": 1.0}
-            assert saved["config"].items() >= gentle.items()
-            name = "token_embedding.weight"
+            saved, name = load("checkpoints/last.pt"), "token_embedding.weight"
+            assert saved["config"]["learning_rate"] == 1e-4
             moved = load(whole / "best.pt")["model"][name] - saved["model"][name]
             assert 0 < moved.abs().max() < 1e-3
 
@@ -3044,19 +2590,16 @@ class TestCommandLine:
     def test_a_signal_within_a_step_saves_it_and_says_how_to_go_on(
         self, cli, config, whole, monkeypatch, name, status
     ):
-        number = getattr(signal, name)
+        number, folder = getattr(signal, name), Path("the run")
         strike = at_call(3, lambda: signal.raise_signal(number), gpt2.learning_rate_at)
         monkeypatch.setattr(gpt2, "learning_rate_at", strike)
         given = config | {"checkpoint_every": 99, "eval_every": 99}
-        result = cli("train", *words(given), "--out", "the run")
+        result = cli("train", *words(given), "--out", folder)
         assert result.code == status and "once more" in result.err
         assert signal.getsignal(number) == signal.SIG_DFL  # a second one would not wait
-        folder = Path("the run")
         assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
         assert len(metrics_of(folder)) == load(folder / "last.pt")["step"] == 3
-
-        result = cli(*pasted(result, "train"), "--eval_every", 2)
-        assert result.code == 0 and "after step 3" in result.err
+        assert cli(*pasted(result, "train"), "--eval_every", 2).code == 0
         assert same(load(folder / "last.pt")["model"], load(whole / "last.pt")["model"])
 
     def test_a_signal_in_the_very_last_step_ends_a_finished_run(self, cli, config, monkeypatch):
@@ -3066,28 +2609,19 @@ class TestCommandLine:
         assert result.code == 0 and load("checkpoints/last.pt")["step"] == 3
         assert "--resume" not in result.err and pasted(result, "generate")
 
-    def test_torchrun_goes_on_with_torchrun_and_ends_with_one_process(
-        self, cli, config, monkeypatch
-    ):
+    def test_a_run_of_torchrun_goes_on_with_torchrun(self, cli, config, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
         strike = at_call(2, lambda: signal.raise_signal(signal.SIGINT), gpt2.learning_rate_at)
         monkeypatch.setattr(gpt2, "learning_rate_at", strike)
         last = cli("train", *words(config)).err.splitlines()[-1]
         assert "torchrun --standalone --nproc_per_node=2 gpt2.py train --resume" in last
-        assert pasted(cli("train", "--resume", "--max_steps", 3), "generate")
 
     def test_auto_resume_begins_a_run_and_goes_on_with_one(self, cli, config, whole):
         first = cli("train", *words(config | {"max_steps": 3}), "--auto_resume")
         assert first.code == 0 and load("checkpoints/last.pt")["step"] == 3
         assert cli("train", "--max_steps", 0, "--auto_resume").code == 0
         assert same(load("checkpoints/last.pt")["model"], load(whole / "last.pt")["model"])
-
-    def test_patience_stops_after_so_many_measurements_without_a_lower_one(self, cli, config):
-        still = config | {"eval_every": 1, "patience": 2, "learning_rate": 0.0}
-        result = cli("train", *words(still))
-        assert result.code == 0 and len(metrics_of(Path("checkpoints"))) == 3
-        assert pasted(result, "generate")
 
     def test_a_fine_tuning_run_ends_with_what_eval_says_of_the_part_held_back(
         self, cli, config, examples
@@ -3106,15 +2640,17 @@ class TestCommandLine:
         text = (HERE / "README.md").read_text("utf-8")
         blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         (tmp_path / "gpt2.py").symlink_to(HERE / "gpt2.py")
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        shell = {"cwd": tmp_path, "env": os.environ | {"PATH": path}}
         for data, learnt in (("spam.jsonl", " -> spam\n"), ("tell.json", "Edith Wharton\n")):
             (recipe,) = (block for block in blocks if data in block and "generate" in block)
-            done = in_shell(recipe, tmp_path)
+            done = subprocess.run(["sh", "-ec", recipe], capture_output=True, text=True, **shell)
             assert done.returncode == 0 and done.stdout.endswith(learnt), done.stderr
             assert "1.0000" in re.search("accuracy.*|$", done.stdout)[0] or data == "tell.json"
 
     def test_generate_continues_the_prompt_as_the_model_does(self, at_shelf, tokenizer):
         def text(*given):
-            result = at_shelf("generate", *given, "--model", "good.pt", "--max_tokens", 12)
+            result = at_shelf("generate", "--model", "good.pt", "--max_tokens", 12, *given)
             assert result.code == 0 and "12 tokens" in result.err and "tokens/s" in result.err
             return result.out
 
@@ -3126,22 +2662,21 @@ class TestCommandLine:
         assert text() == expected("I HAD always thought")
         assert text("One<|endoftext|>Two") == expected("One<|endoftext|>Two")
         assert text("") == expected("<|endoftext|>").removeprefix("<|endoftext|>")
-
-    def test_generate_ends_at_the_end_of_text(self, say):
-        assert say([" and so.", "<|endoftext|>", " More"], "Once") == "Once and so.\n"
-        assert say([" and so."], "Once", "--max_tokens", 2) == "Once and so\n"
+        assert text("--", "--up-to-date") == expected("--up-to-date")
 
     @cases("given", [[], ["-"]])
-    def test_a_prompt_from_a_pipe_keeps_its_blanks(self, at_shelf, monkeypatch, tmp_path, given):
+    @cases("sent", ["  Once\nup \n", "### Response:\n", "a\n\n"])
+    def test_a_prompt_from_a_pipe_keeps_its_blanks(
+        self, at_shelf, monkeypatch, tmp_path, given, sent
+    ):
+        """A shell ends what it pipes with a line end; an instruction's frame has one of its own."""
+        asked = sent if "Response" in sent else sent[:-1]
         common = ["--model", "good.pt", "--max_tokens", 3, "--json"]
-        framed = "### Response:\n"
-        for sent, asked in (("  Once\nup \n", "  Once\nup "), (framed, framed), ("a\n\n", "a\n")):
-            path = write(tmp_path / "sent.txt", sent)
-            monkeypatch.setattr(sys, "stdin", path.open())
+        with write(tmp_path / "sent.txt", sent).open() as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
             rows = [at_shelf("generate", *words, *common).out for words in (given, [asked])]
-            piped, typed = map(json.loads, rows)
-            assert (piped["prompt"], piped["text"]) == (asked, typed["text"])
-            sys.stdin.close()
+        piped, typed = map(json.loads, rows)
+        assert (piped["prompt"], piped["text"]) == (asked, typed["text"])
 
     @cases("pipe", [False, True])
     def test_prompts_are_lines_or_json_objects_of_a_file(self, say, monkeypatch, pipe):
@@ -3160,18 +2695,19 @@ class TestCommandLine:
         expected = [(" and so", 2, "length"), (" and s", 2, "stop"), (" and so", 2, "end")]
         for given, (text, tokens, ended) in zip(asked, expected, strict=True):
             lines = say(pieces, "Once", "--json", "--num_samples", 2, *given).splitlines()
-            for row in map(json.loads, lines):
-                assert list(row) == ["prompt", "text", "tokens", "seconds", "ended"]
-                assert (row["prompt"], row["text"]) == ("Once", text) and 0 < row["seconds"] < 60
-                assert (row["tokens"], row["ended"]) == (tokens, ended)
-            assert len(lines) == 2
+            rows = [json.loads(line) for line in lines]
+            assert all(0 < row.pop("seconds") < 60 for row in rows)
+            assert rows == [{"prompt": "Once", "text": text, "tokens": tokens, "ended": ended}] * 2
 
     @cases("samples", [1, 2])
     @cases(
         "stops, text",
         [
-            *((["orl"], " Hello w"), (["orld", "wo"], " Hello "), ([" "], "")),  # within a token
-            *((["again", "lo wo"], " Hel"), (["lo wo", "again"], " Hel")),  # the first in the text
+            (["orl"], " Hello w"),
+            (["orld", "wo"], " Hello "),
+            ([" "], ""),
+            (["again", "lo wo"], " Hel"),  # the first in the text
+            (["lo wo", "again"], " Hel"),
             (["again!"], " Hello world again"),  # begins, but does not come
         ],
     )
@@ -3180,10 +2716,10 @@ class TestCommandLine:
         said = say([" Hello", " world", " again", "<|endoftext|>"], "Say", *given)
         assert re.sub("--- sample . of 2 ---\n", "", said) == f"Say{text}\n" * samples
 
-    def test_only_new_leaves_the_prompt_out(self, say):
-        assert say([" Hello", "<|endoftext|>"], "Say", "--only_new") == " Hello\n"
-        several = say([" Hello", "<|endoftext|>"], "Say", "--only_new", "--num_samples", 2)
-        assert "Say" not in several and several.count(" Hello") == 2
+    @cases("samples", [1, 2])
+    def test_only_new_leaves_the_prompt_out(self, say, samples):
+        said = say([" Hi", "<|endoftext|>"], "Say", "--only_new", "--num_samples", samples)
+        assert "Say" not in said and said.count(" Hi\n") == samples
 
     @cases("given", [[], ["--input", "Tea or coffee?"]])
     def test_an_instruction_is_framed_and_only_the_response_printed(self, say, tokenizer, given):
@@ -3193,26 +2729,15 @@ class TestCommandLine:
         said = say(["Tea", ".", "<|endoftext|>"], "Choose.", "--instruct", *given, after=after)
         assert said == "Tea.\n"
 
-    def test_samples_are_computed_together(self, at_shelf, monkeypatch):
-        sizes, real = [], gpt2.GPT2.forward
-
-        def forward(model, idx, *rest, **named):
-            sizes.append(len(idx))
-            return real(model, idx, *rest, **named)
-
-        monkeypatch.setattr(gpt2.GPT2, "forward", forward)
-        given = ["--num_samples", 3, "--do_sample", "--max_tokens", 5, "--json"]
-        rows = at_shelf("generate", "Once", "--model", "good.pt", *given).out.splitlines()
-        assert sizes == [3] * 5 and len({json.loads(row)["text"] for row in rows}) == 3
-
-    def test_a_drawn_seed_is_said_and_gives_the_text_again(self, at_shelf):
+    def test_a_drawn_seed_is_said_and_gives_the_texts_again(self, at_shelf):
         common = ["generate", "Once", "--model", "good.pt", "--max_tokens", 9, "--do_sample"]
+        common += ["--num_samples", 2, "--only_new"]
         results = [at_shelf(*common) for _ in range(3)]
-        assert len({result.out for result in results}) == 3
+        texts = [text for result in results for text in re.split("--- sample .*", result.out)[1:]]
+        assert len(set(texts)) == 6
         for result in results:
             (line,) = (line for line in result.err.splitlines() if line.startswith("seed"))
-            again = at_shelf(*common, "--seed", line.split()[-1])
-            assert again.out == result.out
+            assert at_shelf(*common, "--seed", line.split()[-1]).out == result.out
         assert "seed" not in at_shelf(*common, "--temperature", 0).err
 
     def test_a_sampling_option_implies_drawing(self, at_shelf):
@@ -3240,7 +2765,9 @@ class TestCommandLine:
 
     def test_a_character_of_several_tokens_is_printed_whole_and_at_once(self, cli, tokenizer):
         text = " A🙂é漢字B"
-        speaking("says.pt", [*tokenizer.encode(text), END])
+        speaking(
+            "says.pt", [*tokenizer.encode(text), 50300, END]
+        )  # 50300 is no token: it is nothing
         said = []
         screen = SimpleNamespace(write=said.append, flush=lambda: said.append("now"), isatty=bool)
         with pytest.MonkeyPatch.context() as patch:
@@ -3249,6 +2776,7 @@ class TestCommandLine:
         assert "".join(said).replace("now", "") == f"Say{text}\n"
         said = [text for text in said if text]
         assert all(said[said.index(whole) + 1] == "now" for whole in ("🙂", "漢", "B"))
+        assert cli("generate", "Say", "--model=says.pt", "--max_tokens=2").out == "Say A�\n"
 
     def test_control_characters_never_reach_a_terminal(self, cli, tokenizer, monkeypatch):
         tokens = [*tokenizer.encode("\x1b[2J\tx\n\x07"), END]
@@ -3288,96 +2816,33 @@ class TestCommandLine:
         monkeypatch.setattr(screen, "write", raising(OSError("full")), raising=False)
         assert gpt2.main(["train", *words(config | {"max_steps": 1})]) == 0
 
-    def test_eval_of_a_text_scores_each_token_once(self, at_shelf, tokenizer, tmp_path):
-        text = VERDICT[:300] + "\n<|endoftext|>Ünïcode 🙂 counts in bytes."
-        path = write(tmp_path / "text.txt", text)
-        ids = tokenizer.encode(text, allowed_special="all")
-        rest = text.replace("<|endoftext|>", "").removeprefix(tokenizer.decode(ids[:1]))
-        count, dataset = len(ids) - 1, gpt2.TextDataset(ids, 8)
-        for given, stride in (([], 4), (["--stride", 1], 1), (["--stride", 8], 8)):
-            loss = gpt2.evaluate(read("good.pt"), gpt2.scoring_batches(dataset, stride))
-            expected = {"loss": loss, "perplexity": math.exp(loss), "tokens": count}
-            expected["bits_per_byte"] = loss * count / math.log(2) / len(rest.encode())
-            expected["word_perplexity"] = math.exp(loss * count / len(rest.split()))
-            common = ["eval", "--model", "good.pt", "--data", path, *given]
-            assert json.loads(at_shelf(*common, "--json").out) == approx(expected, rel=1e-5)
-            table = [line.split() for line in at_shelf(*common).out.splitlines()]
-            assert [name for name, _ in table] == list(expected)
-            assert float(table[0][1]) == approx(loss, abs=1e-4)
-
-    def test_eval_of_examples_reports_what_their_kind_allows(self, at_shelf, tmp_path, tokenizer):
-        def report(*rows):
-            data = write_lines(tmp_path / "rows.jsonl", *rows)
-            return json.loads(at_shelf("eval", data, "--model", "good.pt", "--json").out)
-
-        basic = ["loss", "perplexity", "tokens", "bits_per_byte", "exact"]
-        plain = report(*({"prompt": f"{i} is", "completion": f" {i}"} for i in range(9)))
-        assert list(plain) == basic and (plain["tokens"], plain["exact"]) == (18, 0.0)
-        truth = [" yes", " yes", " no"] * 3
-        labelled = report(*({"prompt": f"{i}", "completion": truth[i]} for i in range(9)))
-        assert list(labelled) == [*basic, "accuracy", "majority"]
-        assert labelled["majority"] == approx(6 / 9)
-
-        asked = {"prompt": "Is", "choices": [" yes", " it is not so"]}
-        chosen = report(asked | {"answer": 0}, asked | {"answer": 0}, asked | {"answer": 1})
-        assert list(chosen) == [*basic, "accuracy", "accuracy_normalised"]
-        sums, means = [], []
-        for choice in asked["choices"]:
-            ids = torch.tensor([tokenizer.encode(f"Is{choice}")])  # "Is" is one token
-            shares = read("good.pt")(ids[:, :-1])[0].log_softmax(dim=-1)
-            losses = -shares.gather(1, ids[0, 1:, None])
-            sums, means = [*sums, losses.sum()], [*means, losses.mean()]
-        right = [2 / 3 if a < b else 1 / 3 for a, b in (sums, means)]
-        assert [chosen["accuracy"], chosen["accuracy_normalised"]] == approx(right)
-
     def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config, whole):
-        def report(data, *given):
-            result = cli("eval", "--model", whole / "last.pt", "--json", "--data", data, *given)
-            assert ("held back" in result.err) == ("--all" not in given and data != "other.txt")
+        def report(data, *given, model=whole / "last.pt"):
+            result = cli("eval", "--model", model, "--json", "--data", data, *given)
+            assert result.code == 0, result.err
             return json.loads(result.out)
 
         held_back = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # by its bytes
         assert held_back["tokens"] == 19
         assert held_back["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
         assert report(config["data"], "--all")["tokens"] == 191
-        assert report(write("other.txt", VERDICT[:800]))["tokens"] > 172
+        other = str(write("other.txt", VERDICT[:800]))
+        assert report(other)["tokens"] > 172
+
+        take(config | {"max_steps": 1, "val_data": other}, out="run")  # which holds nothing back
+        assert report(config["data"], model="run")["tokens"] == 191
 
     def test_eval_and_generate_take_folders_as_models(self, cli, config, whole):
         def report(model):
-            result = cli("eval", "--all", "--model", model, "--json", "--data", config["data"])
             text = cli("generate", "--model", model, "--max_tokens", 5).out
-            return json.loads(result.out), text
+            result = cli("eval", "--all", "--model", model, "--json", "--data", config["data"])
+            return json.loads(result.out)["loss"], text
 
         best = report(whole / "best.pt")
         result = cli("export", "new/folder", "--model", whole)
         assert (result.code, result.out) == (0, "") and re.search(r"\b8 tokens", result.err)
         assert report(whole) == best
-        exported = report("new/folder")
-        assert (exported[0], exported[1]) == (approx(best[0], rel=1e-6), best[1])
-        shutil.copytree(whole / "1", "unmeasured", ignore=shutil.ignore_patterns("best.pt"))
-        assert report("unmeasured") == report("unmeasured/last.pt") != best
-
-    def test_precision_says_in_what_numbers_a_model_computes(self, cli, config, monkeypatch):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-        save_model(lively(SMALL | {"emb_dim": 32}, scale=0.6), "loud.pt")
-        losses = []
-        for name in ("auto", "fp32", "bf16", "fp16", "int8"):
-            given = ["--model", "loud.pt", "--data", config["data"], "--precision", name, "--json"]
-            losses.append(json.loads(cli("eval", *given).out)["loss"])
-        assert losses[0] == losses[1] > 1.2 * math.log(50257)  # far from guessing
-        assert losses == approx([losses[0]] * 5, rel=0.01) and len({*losses}) == 4
-
-    def test_tokenize_writes_tokens_that_train_and_eval_read(self, cli, config, tokenizer):
-        a, b = write("a.txt", VERDICT[:500]), write("b.txt", "Ünïcode 🙂.")
-        assert cli("tokenize", a, b, "out.bin").code == 0
-        ids = tokenizer.encode(f"{VERDICT[:500]}<|endoftext|>Ünïcode 🙂.", allowed_special="all")
-        assert Path("out.bin").read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids)
-        given = words(config | {"data": "out.bin", "max_steps": 1})
-        assert cli("train", *given).code == 0
-        reports = [
-            cli("eval", "--all", "--json", "--data", *data).out for data in ((a, b), ["out.bin"])
-        ]
-        assert reports[0] == reports[1] and json.loads(reports[0])["tokens"] == len(ids) - 1
+        assert report("new/folder") == (approx(best[0], rel=1e-6), best[1])
 
     def test_info_says_what_a_model_is(self, cli, config, whole):
         best = load(whole / "best.pt")
@@ -3386,7 +2851,6 @@ class TestCommandLine:
         assert all(said[key] == str(config[key]) for key in TINY)
         assert (said["step"], said["data"]) == (str(best["step"]), config["data"])
         assert f"{best['best_val_loss']:.4f}" in said["lowest"] and said["version"] == gpt2.VERSION
-        assert "1,557,611,200" in cli("info", "gpt2-xl").out
 
     @cases("given, first", [(["generate", "--max_tokens", 10**6], "O"), (["eval"], "")])
     def test_a_closed_pipe_ends_quietly_with_status_141(self, shelf, monkeypatch, given, first):
@@ -3406,9 +2870,7 @@ class TestCommandLine:
         given = ["eval", shelf / "good.txt", "--model", shelf / "good.pt"]
         with open("/dev/full", "w") as full, start(*given, stdout=full) as process:
             *notes, last = process.stderr.read().splitlines()
-        assert (
-            process.returncode == 2 and last.startswith("gpt2.py eval: error: ") and "space" in last
-        )
+        assert process.returncode == 2 and re.match("gpt2.py eval: error: .*space", last)
         assert all(note.startswith(("data", "measuring", "tokenising")) for note in notes)
 
     @cases("text", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory"])
@@ -3429,32 +2891,16 @@ class TestCommandLine:
         strike = "import signal; signal.raise_signal(signal.SIGINT)"
         write(tmp_path / "tiktoken.py", strike)  # it is loaded just before
         environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE}"}
-
-        def stopped(*words):
-            command = [sys.executable, *words]
-            return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-        assert stopped(HERE / "gpt2.py").returncode == -signal.SIGINT
-        assert stopped(HERE / "gpt2.py").stderr == ""
-        assert "KeyboardInterrupt" in stopped("-c", "import gpt2").stderr
+        options = {"env": environment, "capture_output": True, "text": True}
+        ended = subprocess.run([sys.executable, HERE / "gpt2.py"], **options)
+        assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+        code = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import gpt2"
+        assert "KeyboardInterrupt" in subprocess.run([sys.executable, "-c", code], **options).stderr
 
     def test_ctrl_c_before_the_first_step_ends_without_a_traceback(self, cli, monkeypatch):
         monkeypatch.setattr(gpt2, "load_data", raising(KeyboardInterrupt()))
         result = cli("train")
         assert result.code == 130 and "Traceback" not in result.err
-
-    @long_test
-    def test_out_of_memory_is_warned_of_and_one_line(self, tmp_path):
-        resource = pytest.importorskip("resource")
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-
-        given = ["train", "--emb_dim", 100_000, "--out", tmp_path]
-        with start(*given, preexec_fn=limit) as process:
-            notes = process.stderr.read().splitlines()
-        assert process.returncode == 2 and "emb_dim" in notes[-1] and "memory" in notes[-1]
-        assert any("free" in note and "--emb_dim" in note for note in notes[:-1])
 
     @long_test
     def test_compile_without_a_compiler_is_one_line(self, config, tmp_path):
@@ -3464,24 +2910,6 @@ class TestCommandLine:
             notes = process.stderr.read()
         assert process.returncode == 2 and "--compile" in notes.splitlines()[-1], notes
         assert "Traceback" not in notes and len(notes.splitlines()) < 12
-
-    @long_test
-    def test_a_terminal_gets_no_control_characters_and_live_lines_are_wiped(
-        self, tmp_path, tokenizer
-    ):
-        path = speaking(tmp_path / "beeps.pt", [*tokenizer.encode("\x1b[2J\x07"), END])
-        status, screen = in_terminal(["generate", "p", "--model", path])
-        assert status == 0 and screen.startswith("p\\x1b[2J\\x07\n") and "\x1b" not in screen
-        status, screen = in_terminal(["generate", "p", "--model", path, "--num_samples", 2])
-        assert status == 0 and re.search(r"\d[^\r\n]*\r\x1b\[K--- sample 1 of 2 ---\np", screen)
-
-    @long_test
-    def test_live_lines_fit_a_terminal_though_results_go_elsewhere(self, shelf):
-        given = ["eval", HERE / "the-verdict.txt", "--model", shelf / "good.pt"]
-        status, screen = in_terminal(given, 40, more="> /dev/null")
-        live = [line for line in screen.split("\r\x1b[K") if "\n" not in line]
-        assert status == 0 and any("measuring" in line for line in live)
-        assert all(len(line) < 40 for line in live) and live[-1] == ""  # nothing is left of them
 
     @long_test
     def test_ctrl_c_on_a_terminal_ends_a_text_and_saves_a_run(self, shelf, config, tmp_path):
@@ -3495,24 +2923,6 @@ class TestCommandLine:
 
 
 # ---- The project around it ----
-
-RUN_NOTEBOOK = """
-import nbclient, nbformat
-
-def show(cell, cell_index):
-    print(f"cell {cell_index + 1} of {len(book.cells)}: {cell.id}", flush=True)
-
-book = nbformat.read("walkthrough.ipynb", as_version=4)
-nbclient.NotebookClient(book, timeout=3600, on_cell_start=show).execute()
-nbformat.write(book, "walkthrough.ipynb")
-"""
-
-
-CARD = {  # what lies at the top level: DESIGN's list
-    *("gpt2.py", "walkthrough.ipynb", "the-verdict.txt", "requirements.txt", "test_gpt2.py"),
-    *("README.md", ".ci", ".gitignore", ".gitattributes", ".ruff.toml", ".github"),
-    *(".tiktoken", ".images"),
-}
 
 
 def commands_of(text):
@@ -3534,43 +2944,27 @@ def ran(notebook):
 
 
 class TestProject:
-    def test_the_form_of_the_walkthrough(self):
+    def test_the_walkthrough_shows_every_cell_as_it_ran_and_needs_no_network(self):
         text = (HERE / "walkthrough.ipynb").read_text("utf-8")
-        book = json.loads(text)
-        assert len(text.encode()) < 2_000_000 and (book["nbformat"], book["nbformat_minor"]) == (
-            4,
-            5,
-        )
-        for cell in ran(book):
-            assert all(len(line.rstrip("\n")) <= 88 for line in cell["source"]), cell["id"]
-        ids = [cell["id"] for cell in book["cells"]]
-        readable = re.compile(r"(?![0-9a-f-]{8,}$)[a-z][a-z0-9-]{2,63}")
-        assert len(set(ids)) == len(ids) and all(map(readable.fullmatch, ids))
+        assert ran(json.loads(text)) and len(text.encode()) < 2_000_000
         assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)
         assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
-    def test_the_notebook_runs_from_top_to_bottom(self, tmp_path, capsys):
+    def test_the_notebook_runs_from_top_to_bottom(self, tmp_path):
         for name in ("gpt2.py", "walkthrough.ipynb", "the-verdict.txt"):
             shutil.copy(HERE / name, tmp_path)
         shutil.copytree(HERE / ".tiktoken", tmp_path / ".tiktoken")
         environment = {key: os.environ[key] for key in os.environ if key != "OMP_NUM_THREADS"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = [sys.executable, "-u", "-c", RUN_NOTEBOOK]
-        said = []
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-            for line in process.stdout:
-                said.append(line)
-                with capsys.disabled():
-                    print(line, end="", flush=True)
-        assert process.returncode == 0, "".join(said[-60:])
+        command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
+        command.append("walkthrough.ipynb")
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
         ran(json.loads((tmp_path / "walkthrough.ipynb").read_text("utf-8")))
 
     def test_what_the_readme_links_to_exists(self):
         text = (HERE / "README.md").read_text("utf-8")
         targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)', text)
-        assert len(targets) > 3
-        for target in targets:
-            assert target.startswith("https://") or (HERE / target).exists(), target
+        here = [target for target in targets if not target.startswith("https://")]
+        assert len(here) > 3 and [target for target in here if not (HERE / target).exists()] == []
 
     def test_the_commands_of_the_readme_are_understood(self):
         text = (HERE / "README.md").read_text("utf-8")
@@ -3580,84 +2974,17 @@ class TestProject:
             gpt2.parse(given)
         assert "python -m pytest -q" in text and "pip install -r requirements.txt" in text
 
-    def test_the_readmes_code_fits_a_page(self):
-        text = (HERE / "README.md").read_text("utf-8")
-        blocks = re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
-        assert all(len(line) <= 100 for block in blocks for line in block.splitlines()) and blocks
-
     def test_requirements_are_pinned_and_no_others_than_the_cards(self):
         text = (HERE / "requirements.txt").read_text("utf-8")
-        run, tests = (
-            dict(re.findall(r"(\w+)==([\d.]+)\n", part)) for part in text.split("# tests\n")
-        )
-        assert run.keys() == {"torch", "tiktoken", "matplotlib", "jupyter"}
-        assert "pytest" in tests and tests.keys() <= {"pytest", "ruff", "mypy"}
-        assert len(run) + len(tests) + 1 == len(text.splitlines())
-
-    def test_nothing_lies_at_the_top_level_beside_the_card(self):
-        if not shutil.which("git") or not (HERE / ".git").exists():
-            pytest.skip("this is no repository")
-        command = ["git", "-C", HERE, "ls-files", "-z"]
-        tracked = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
-        assert {name.split("/")[0] for name in tracked if name} <= CARD
+        run, tests = (re.findall(r"(\w+)==[\d.]+\n", part) for part in text.split("# tests\n"))
+        assert sorted(run) == ["jupyter", "matplotlib", "tiktoken", "torch"]
+        assert "pytest" in tests and len(run + tests) + 1 == len(text.splitlines())
 
     def test_the_text_and_the_vocabulary_are_the_originals(self):
-        def sha256(path):
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-
         story = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-        assert (sha256(HERE / "the-verdict.txt"), len(VERDICT)) == (story, 20_479)
+        assert sha256(HERE / "the-verdict.txt") == story
         address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-        files = [
-            hashlib.sha1(f"{address}{name}".encode()).hexdigest()
-            for name in ("vocab.bpe", "encoder.json")
-        ]
-        assert sorted(os.listdir(HERE / ".tiktoken")) == sorted(files)
-        assert [sha256(HERE / ".tiktoken" / file) for file in files] == [
-            "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        ]
-
-    def test_a_checkpoint_of_the_present_format_is_read_by_every_command(self, cli, tokenizer):
-        """The format as version 2.0 wrote it, from its description, not by today's writer."""
-        generator = torch.Generator().manual_seed(1)
-        shapes = {"token_embedding": (50257, 8), "position_embedding": (8, 8), "final_norm": (8,)}
-        for part, shape in {
-            **{"norm1": (8,), "attention.query_key_value": (24, 8), "attention.projection": (8, 8)},
-            **{"norm2": (8,), "feed_forward.expand": (32, 8), "feed_forward.projection": (8, 32)},
-        }.items():
-            shapes[f"blocks.0.{part}"] = shape
-        weights = {}
-        for name, shape in shapes.items():
-            weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / 2
-            if "embedding" not in name:
-                weights[f"{name}.bias"] = torch.randn(shape[0], generator=generator) / 2
-        two, one = ([w for w in weights.values() if w.dim() == n] for n in (2, 1))
-        weights["head.weight"] = weights["token_embedding.weight"]
-
-        path = write("text.txt", VERDICT[:800])
-        given = {"data": "text.txt", "batch_size": 2, "epochs": 1.0, "precision": "fp32"}
-        checkpoint = {
-            "version": "2.0",
-            "config": gpt2.CONFIG | SMALL | given,
-            **{"step": 1, "tokens_seen": 16, "best_step": 1, "best_val_loss": 9.5, "stale": 0},
-            **{"items_per_step": 2, "labels": [], "model": weights, "scaler": {}},
-            "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-            "optimizer": torch.optim.AdamW([{"params": two}, {"params": one}]).state_dict(),
-        }
-        Path("run").mkdir()
-        torch.save(checkpoint, "run/last.pt")
-        write("run/metrics.jsonl", '{"step": 1, "train_loss": 9.0}\n')
-
-        kind = SimpleNamespace(config={"n_layers": 1}, state_dict=lambda: weights)
-        reference = openai_weights(kind)
-        ids = tokenizer.encode("Once upon")
-        for _ in range(3):
-            ids.append(int(reference_logits(reference, 2, ids)[-1].argmax()))
-        result = cli("generate", "Once upon", "--model", "run", "--max_tokens", 3)
-        assert result.out == tokenizer.decode(ids) + "\n"
-        held_back = json.loads(cli("eval", path, "--model", "run/last.pt", "--json").out)["tokens"]
-        assert held_back == math.ceil(len(tokenizer.encode(VERDICT[:800])) * 0.1) - 1
-        assert "9.5" in cli("info", "run").out
-        assert cli("train", "--resume", "--out", "run").code == 0
-        assert [row["step"] for row in metrics_of(Path("run"))][:2] == [1, 2]
+        names = [hashlib.sha1(f"{address}{x}".encode()) for x in ("vocab.bpe", "encoder.json")]
+        files = [HERE / ".tiktoken" / name.hexdigest() for name in names]
+        assert sorted(files) == sorted((HERE / ".tiktoken").iterdir())
+        assert [sha256(path) for path in files] == list(VOCABULARY.values())
