@@ -2331,6 +2331,16 @@ class TestFastCPUs:
             text = gpt2.token_ids_to_text(ids[:, 1:], gpt2.load_tokenizer())
             assert said["text"] == text and len(set(ids[0].tolist())) > 9
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be asked for it")
+    def test_freed_memory_is_kept_for_the_next_step(self):
+        """Or each step would ask the system for it anew, and take half as long again."""
+        code = (
+            "import gpt2, torch; pages = lambda: int(open('/proc/self/statm').read().split()[1]); "
+        )
+        code += "gpt2.keep_freed_memory(); n = pages(); torch.ones(10**8); print(pages() - n)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
+        assert int(done.stdout) > 10_000  # of 4 KB
+
     def test_a_model_read_trained_or_saved_is_plain(self, config, whole, cli):
         assert not fast_parts(read(whole))
         for row in gpt2.train(config | {"max_steps": 1}, init=whole / "last.pt", out="run"):
@@ -2635,6 +2645,12 @@ class TestCommandLine:
         asked = json.loads(cli(*pasted(result, "generate"), "--max_tokens", 1, "--json").out)
         assert asked["prompt"] == "good 0"
 
+    def test_after_instructions_the_command_at_the_end_gives_one(self, cli, config):
+        row = {"instruction": "Say it", "input": "to me", "output": "it"}
+        given = config | {"data": str(write_lines("a.jsonl", row)), "val_fraction": 0.0}
+        result = cli("train", *words(given | {"context_length": 64, "max_steps": 1}))
+        assert {"--instruct", "--input=to me", "Say it"} <= set(pasted(result, "generate"))
+
     @long_test
     def test_the_fine_tuning_recipes_of_the_readme_learn_what_they_say(self, tmp_path):
         text = (HERE / "README.md").read_text("utf-8")
@@ -2663,6 +2679,15 @@ class TestCommandLine:
         assert text("One<|endoftext|>Two") == expected("One<|endoftext|>Two")
         assert text("") == expected("<|endoftext|>").removeprefix("<|endoftext|>")
         assert text("--", "--up-to-date") == expected("--up-to-date")
+
+    def test_a_prompt_that_would_kill_the_tokenizer_is_refused(self, at_shelf):
+        assert at_shelf("generate", "a" + " " * 10**6, "--model", "good.pt").code == 2
+
+    def test_pipes_are_utf_8_whatever_the_locale_says(self, shelf):
+        environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+        given = ["generate", "--model", shelf / "good.pt", "--max_tokens", 1]
+        with start(*given, env=environment, encoding="utf-8") as process:
+            assert process.communicate("Ünï 漢")[0].startswith("Ünï 漢")
 
     @cases("given", [[], ["-"]])
     @cases("sent", ["  Once\nup \n", "### Response:\n", "a\n\n"])
