@@ -33,6 +33,8 @@ from pathlib import Path
 from statistics import fmean as mean
 from types import SimpleNamespace
 
+import nbclient
+import nbformat
 import pytest
 import torch
 import torch.distributed as dist
@@ -636,26 +638,12 @@ SAID |= {"min_learning_rate": 1e-5, "warmup_steps": 5}
 
 # What a last.pt may not hold: where, and what stands there.
 ODD_STATES = [("step", "x"), ("step", -5), ("tokens_seen", None), ("best_val_loss", "low")]
-
-
 ODD_STATES += [("model", 7), ("config", [1]), ("optimizer", 7), ("config/n_heads", 3)]
-
-
 ODD_STATES += [("config/emb_dim", 10), ("model/more", torch.ones(2))]
-
-
 ODD_STATES += [("model/final_norm.bias", torch.ones(5)), ("optimizer/param_groups", [])]
-
-
 ODD_STATES += [(key, "gone") for key in ("step", "model", "optimizer", "scaler", "items_per_step")]
-
-
 ODD_STATES += [("optimizer/state/2/exp_avg", torch.zeros(3))]  # AdamW would write past its end
-
-
 ODD_STATES += [("optimizer/state/0/exp_avg_sq", torch.zeros(1).expand(50257, 8))]  # one number
-
-
 SPOILS = {  # what makes each loss, or only its gradient, no number any more
     "loss": lambda norm: norm.weight.data.fill_(math.nan),
     "gradient": lambda norm: norm.bias.register_hook(lambda gradient: gradient * math.inf),
@@ -1193,23 +1181,12 @@ class TestGeneration:
 # ---- 8. Data files ----
 
 ASKED = " Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n"
-
-
 BELOW = "Below is an instruction that describes a task"  # Stanford Alpaca's two layouts
-
-
 ALONE = f"{BELOW}.{ASKED}### Response:\n"
-
-
 PAIRED = f"{BELOW}, paired with an input that provides further context.{ASKED}"
-
-
 PAIRED += "### Input:\nthis\n\n### Response:\n"
-
-
+ZERO = PAIRED.replace("this", "0")
 PAIR = {"prompt": "p", "completion": " c"}
-
-
 PROMPTS = [" ".join(VERDICT.split()[i * 7 : i * 7 + 2]) for i in range(20)]
 
 
@@ -1306,6 +1283,7 @@ class TestDataFiles:
             ({"instruction": "do", "input": None, "output": "done"}, (ALONE, "done", True, ())),
             ({"instruction": "do", "input": "this", "output": "it"}, (PAIRED, "it", True, ())),
             ({"instruction": "do", "context": "this", "response": "it"}, (PAIRED, "it", True, ())),
+            ({"instruction": "do", "input": 0, "output": 1}, (ZERO, "1", True, ())),
             ({"question": "do", "answer": "done"}, (ALONE, "done", True, ())),
             (PAIR | {"choices": [" a", " b"], "answer": 1}, ("p", " b", False, (" a", " b"))),
             ({"text": "p", "label": "spam"}, ("p", " spam", True, ())),
@@ -1331,6 +1309,7 @@ class TestDataFiles:
             ("a.csv", 'prompt,completion\n"a, ""b""\r\nd",1\n', [('a, "b"\r\nd', "1", True, ())]),
             ("A.TSV", "prompt\tcompletion\na, b\t c\n", [("a, b", " c", True, ())]),
             ("a.csv", 'text\n"one, two"\nthree\n', ["one, two", "three"]),
+            ("a.csv", "text\n" + "a" * 200_000, ["a" * 200_000]),
         ],
     )
     def test_a_table_is_read_by_its_header(self, tmp_path, name, content, expected):
@@ -1347,6 +1326,8 @@ class TestDataFiles:
             ("a.jsonl", '{"prompt": "a", "completion": null}\n', "line 1.*completion"),
             ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 1}\n', "answer.*1"),
             ("a.jsonl", '{"prompt": "a", "choices": "bc", "answer": 0}\n', "choices"),
+            ("a.jsonl", '{"prompt": "a", "choices": ["", "b"], "answer": 1}\n', "choices"),
+            ("a.jsonl", '{"prompt": "a", "completion": "", "end": false}\n', "line 1.*predict"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
             ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
             ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
@@ -2898,6 +2879,13 @@ class TestCommandLine:
         assert process.returncode == 2 and re.match("gpt2.py eval: error: .*space", last)
         assert all(note.startswith(("data", "measuring", "tokenising")) for note in notes)
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows' shell closes nothing")
+    def test_closed_streams_are_no_error(self, shelf):
+        given = ["eval", shelf / "good.txt", "--json", "--model", shelf / "good.pt"]
+        command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", sys.executable, HERE / "gpt2.py", *given]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and json.loads(done.stdout)["tokens"]
+
     @cases("text", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory"])
     def test_out_of_memory_is_one_line_with_advice(self, cli, monkeypatch, text):
         for error in (RuntimeError(text), MemoryError()):
@@ -2959,6 +2947,13 @@ def commands_of(text):
         yield list(itertools.takewhile(lambda word: set(word) - set("|&;<>()"), lexer))
 
 
+CARD = {  # what lies at the top level, and nothing else
+    *("gpt2.py", "walkthrough.ipynb", "the-verdict.txt", "requirements.txt", "test_gpt2.py"),
+    *("README.md", ".ci", ".gitignore", ".gitattributes", ".ruff.toml", ".github"),
+    *(".tiktoken", ".images"),
+}
+
+
 def ran(notebook):
     """Check that every cell ran, once, in order, and without an error or a warning."""
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -2975,15 +2970,20 @@ class TestProject:
         assert not re.search(r"!\[[^]]*\]\(\s*https?:|<img[^>]*src=.{0,2}https?:", text)
         assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
-    def test_the_notebook_runs_from_top_to_bottom(self, tmp_path):
-        for name in ("gpt2.py", "walkthrough.ipynb", "the-verdict.txt"):
+    def test_the_notebook_runs_from_top_to_bottom(self, tmp_path, monkeypatch, capsys):
+        for name in ("gpt2.py", "the-verdict.txt"):
             shutil.copy(HERE / name, tmp_path)
         shutil.copytree(HERE / ".tiktoken", tmp_path / ".tiktoken")
-        environment = {key: os.environ[key] for key in os.environ if key != "OMP_NUM_THREADS"}
-        command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace"]
-        command.append("walkthrough.ipynb")
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-        ran(json.loads((tmp_path / "walkthrough.ipynb").read_text("utf-8")))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        book = nbformat.read(HERE / "walkthrough.ipynb", as_version=4)
+
+        def show(cell, cell_index):
+            with capsys.disabled():
+                print(f"cell {cell_index + 1} of {len(book.cells)}: {cell.id}", flush=True)
+
+        where = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(book, timeout=3600, resources=where, on_cell_start=show).execute()
+        ran(book)
 
     def test_what_the_readme_links_to_exists(self):
         text = (HERE / "README.md").read_text("utf-8")
@@ -3004,6 +3004,13 @@ class TestProject:
         run, tests = (re.findall(r"(\w+)==[\d.]+\n", part) for part in text.split("# tests\n"))
         assert sorted(run) == ["jupyter", "matplotlib", "tiktoken", "torch"]
         assert "pytest" in tests and len(run + tests) + 1 == len(text.splitlines())
+
+    def test_nothing_else_lies_at_the_top_level(self):
+        if not shutil.which("git") or not (HERE / ".git").exists():
+            pytest.skip("this is no repository")
+        command = ["git", "-C", HERE, "ls-files", "-z"]
+        tracked = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
+        assert {name.split("/")[0] for name in tracked if name} <= CARD
 
     def test_the_text_and_the_vocabulary_are_the_originals(self):
         story = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
