@@ -385,7 +385,7 @@ class GPTDataset(torch.utils.data.Dataset):
         self.last_start = len(self.token_ids) - context_length - 1
         if self.last_start < 0:
             tokens = f"{len(self.token_ids)} tokens are too few"
-            raise ValueError(f"{tokens} for context_length {context_length}")
+            raise ValueError(f"{tokens} for context_length {context_length}: lower it")
 
     def __len__(self) -> int:
         return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
@@ -596,6 +596,9 @@ def evaluate(model: GPT2, batches: Iterable[Batch], machine: "Machine | None" = 
     """The mean loss of batches (x (B, T), y (B, T)) in nats per token: each target counts once.
 
     With a machine of several processes, `batches` are the share of this one.
+
+        ids = text_to_token_ids("A text of more than one token", load_tokenizer())
+        loss = evaluate(model, [(ids[:, :-1], ids[:, 1:])])
     """
     device = next(model.parameters()).device
     loss = count = 0.0
@@ -752,6 +755,9 @@ def next_token_probabilities(
 
     At temperature 0, the limit, the most probable token has all. top_k and top_p: see keep_top_k
     and keep_top_p.
+
+        probabilities = next_token_probabilities(model(ids)[:, -1])
+        best = probabilities.topk(5)  # .values and .indices, (B, 5) each
     """
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
@@ -804,6 +810,9 @@ def generate(
     so dropping one token would change the position of all others, and the cache with them.
 
     ValueError for options that make no sense, and for logits that are not finite.
+
+        ids = generate(model, text_to_token_ids("Once", load_tokenizer()), 40)
+        text = token_ids_to_text(ids, load_tokenizer())
     """
     check_sampling(temperature, top_k, top_p)
     context = model.config["context_length"]
@@ -908,6 +917,9 @@ def read_text(path: Path) -> Iterator[str]:
         # A byte order mark is not text; Windows' line ends are, or `eval` would miscount bytes.
         with open(path, encoding="utf-8-sig", newline="") as file:
             while block := file.read(1 << 20):
+                # Without a byte order mark, UTF-16 passes as text with a NUL after each letter.
+                if "\0" in block:
+                    raise BadFile(f"{path} holds NUL characters: save the file as UTF-8 text")
                 # Up to the last safe place, the block is done; the rest waits for the next block.
                 if cut := SAFE_CUT.match(block):
                     yield rest + cut.group()
@@ -2280,6 +2292,7 @@ def model_from_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
 
 SAFETENSORS_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SAFETENSORS_TYPES |= {"BOOL": "bool", "U8": "uint8", "I8": "int8"}  # masks, quantised weights
+SAFETENSORS_TYPES |= {"I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -2358,7 +2371,7 @@ def check_vocabulary(folder: Path) -> None:
     if (folder / "vocab.json").exists():
         vocabulary = read_json_file(folder / "vocab.json")
     elif (folder / "tokenizer.json").exists():
-        vocabulary = read_json_file(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+        vocabulary = (read_json_file(folder / "tokenizer.json").get("model") or {}).get("vocab", {})
     else:
         return
     if vocabulary != json.loads(openai_file("encoder.json")):
@@ -3178,7 +3191,7 @@ DEFAULTS: dict[str, Any] = CONFIG | {
     **{"only_new": False},
 }
 ARGPARSE_DETAILS: dict[str, dict] = {  # what argparse is to know beside type and default
-    "data": {"nargs": "+", "metavar": "FILE", "type": str},
+    "data": {"nargs": "+", "action": "extend", "metavar": "FILE", "type": str},
     "model_size": {"choices": list(OPENAI_SIZES), "type": str},
     "top_k": {"type": int, "metavar": "INT"},
     "top_p": {"type": float, "metavar": "FLOAT"},
@@ -3214,15 +3227,11 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and name what was probably meant."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
-        unknown = re.match(r"unrecognized arguments: --(\w+)", message)
-        typed = unknown[1] if unknown else ""
-        near = difflib.get_close_matches(typed, DEFAULTS.keys() - {typed}, n=1)
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}{hint}") + "\n")
+        self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}") + "\n")
 
 
 def add_option(group: Any, key: str, meaning: str) -> None:
@@ -3258,6 +3267,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def hint(typed: str, options: Sequence[str]) -> str:
+    """What was probably meant by an option that a command does not have."""
+    name = typed.lstrip("-").partition("=")[0]
+    longer = [option for option in options if name and option.startswith(name)]
+    near = longer or difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    return f"; did you mean --{near[0]}?" if near else ""
+
+
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command with their defaults; those that were given are in `.given`."""
     # --learning-rate is --learning_rate; argparse itself makes --no-compile. A word with a space,
@@ -3272,7 +3289,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     ]
 
     # Only what was given is there: a resumed run must tell a default from a wish.
-    given = vars(make_parser().parse_args(words))
+    parser = make_parser()
+    known, unknown = parser.parse_known_args(words)
+    given = vars(known)
+    if unknown:
+        advice = hint(unknown[0], COMMANDS[known.command][4])
+        parser.error(f"{known.command} does not know {unknown[0]}{advice}")
     if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
         given["data"] = ",".join(files)
     return argparse.Namespace(**DEFAULTS | given, given=given)

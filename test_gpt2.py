@@ -1233,7 +1233,7 @@ class TestDataFiles:
     def test_texts_in_pieces_have_the_tokens_of_the_whole(self, tmp_path, tokenizer, monkeypatch):
         """Files read in blocks of a few characters, so that every place is somewhere a cut."""
         rng = random.Random(0)
-        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0", "\0"]
+        odd = [" ", "  ", "\n", "\r\n", "\t", "\x1c", "\x85", "\u2028", "\u3000", "\xa0"]
         odd += ["\x0b", "12", "<|endoftext|>", "'s", "é", "🙂", "漢", " the", "!?", "\ufeff", "a"]
 
         class Blocks(io.TextIOWrapper):
@@ -1266,6 +1266,7 @@ class TestDataFiles:
             (b"one\ntwo\r\ncaf\xe9 au", "line 3, byte 4.*0xe9"),
             (b"one\n" * 600_000 + b"caf\xc3", "line 600001, byte 4.*0xc3"),  # half a character
             ("one\n".encode("utf-16"), "UTF-16"),
+            ("one\n".encode("utf-16-le"), "NUL"),
             ("one" + " " * 10**6 + "two", "white-space"),  # the tokenizer panics
         ],
     )
@@ -1335,6 +1336,10 @@ class TestDataFiles:
     )
     def test_a_record_of_no_use_is_named_and_what_was_found(self, tmp_path, name, content, cause):
         refused(f"{name}.*{cause}", lambda: records_in(put(tmp_path / name, content)))
+
+    def test_no_file_is_dropped_and_no_hint_names_what_a_command_lacks(self, cli):
+        assert gpt2.parse(["train", "a", "--data", "b", "--data", "c", "d"]).data == "a,b,c,d"
+        assert "eval does not know --batch_size\n" in cli("eval", "--batch_size", 5).err
 
     def test_documents_of_folders_and_files_are_joined_by_the_token(self, cli, tokenizer):
         put(Path("d/b.txt"), "two")
@@ -2435,6 +2440,7 @@ BAD_LINES = [
     ("nonsense", "nonsense"),
     ("export", "folder"),
     ("train --epohcs 3", "did you mean --epochs"),
+    ("generate --temp 3", "did you mean --temperature"),
     ("train --epochs many", "many"),
     ("train --epochs 0", "epochs is 0"),
     ("train --precision int8", "'int8'"),
