@@ -889,6 +889,7 @@ progress = logging.getLogger("gpt2.progress")  # what a long step is doing: see 
 # ---- 8. Data files: texts, token files, examples to fine-tune on ----
 
 END_OF_TEXT = "<|endoftext|>"
+END_AT_END = re.compile(re.escape(END_OF_TEXT) + r"\s*\Z")
 
 
 class BadFile(ValueError):
@@ -994,11 +995,18 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
     )
 
 
+@functools.cache
+def note_once(text: str) -> None:
+    """A note that would else come with every record."""
+    log.info(text)
+
+
 def text_of(record: dict, *keys: str, default: str | None = None) -> str:
     """The text under the first of these keys that the record has. A number is its digits."""
     value = next((record[key] for key in keys if key in record), default)
     # Labels are often numbers: {"label": 1} means the text "1".
     if isinstance(value, (int, float)):
+        note_once(f"data      {' or '.join(keys)} holds numbers: they are read as their digits")
         value = str(value)
     if not isinstance(value, str):
         raise BadFile(f"{' or '.join(keys)} is {value!r:.60}; it must be a text")
@@ -1291,7 +1299,7 @@ class CompletionDataset(list):
         # is empty, the end of another text stands before it.
         prompt = encode(example.prompt) or [end]
         # Some data write the end out: it is not to come twice.
-        completion = encode(example.completion.removesuffix(END_OF_TEXT)) + [end] * example.end
+        completion = encode(END_AT_END.sub("", example.completion)) + [end] * example.end
         # The last token of the prompt predicts the first of the completion.
         y = [IGNORE_INDEX] * (len(prompt) - 1) + completion
         return torch.tensor((prompt + completion)[:-1]), torch.tensor(y)

@@ -1367,7 +1367,7 @@ class TestDataFiles:
     def test_only_the_completion_and_one_end_are_targets(self, tokenizer):
         encode = tokenizer.encode
         rows = [("one two", " three four"), ("", " a"), ("one", " b", False)]
-        rows += [("<|endoftext|>a", " b<|endoftext|>")]
+        rows += [("<|endoftext|>a", " b<|endoftext|>\n")]
         (x, y), (from_nothing, _), (_, open_end), (a, b) = gpt2.CompletionDataset(rows, 8)
         assert x.tolist() == encode("one two three four")
         assert y.tolist() == [-100, *encode(" three four"), END]
