@@ -2882,7 +2882,7 @@ class TestCommandLine:
         given = ["eval", shelf / "good.txt", "--model", shelf / "good.pt"]
         with open("/dev/full", "w") as full, start(*given, stdout=full) as process:
             *notes, last = process.stderr.read().splitlines()
-        assert process.returncode == 2 and re.match("gpt2.py eval: error: .*space", last)
+        assert process.returncode == 2 and re.match("gpt2.py eval: error: No space", last)
         assert all(note.startswith(("data", "measuring", "tokenising")) for note in notes)
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows' shell closes nothing")
