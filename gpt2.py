@@ -746,10 +746,7 @@ def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
 
 
 def next_token_probabilities(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
     """logits (B, V) -> probabilities (B, V). A temperature below 1 sharpens, above 1 flattens.
 
@@ -809,12 +806,16 @@ def generate(
     the context is full, the model goes on from the last half, read anew: positions are absolute,
     so dropping one token would change the position of all others, and the cache with them.
 
-    ValueError for options that make no sense, and for logits that are not finite.
+    ValueError for an empty prompt, for options that make no sense, and for logits that are not
+    finite.
 
         ids = generate(model, text_to_token_ids("Once", load_tokenizer()), 40)
         text = token_ids_to_text(ids, load_tokenizer())
     """
     check_sampling(temperature, top_k, top_p)
+    if idx.size(1) == 0:
+        raise ValueError("the prompt has no tokens: begin with that of <|endoftext|>")
+
     context = model.config["context_length"]
     idx = idx.to(next(model.parameters()).device)
     ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -993,6 +994,13 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
         f"appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
     )
+
+
+def instruction_of(prompt: str) -> tuple[str, str] | None:
+    """The instruction and the input of a prompt in that layout; None for any other prompt."""
+    layout = r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$"
+    found = re.search(layout, prompt, re.DOTALL)
+    return (found[1], found[2] or "") if found else None
 
 
 @functools.cache
@@ -1194,10 +1202,24 @@ def load_examples(files: Sequence[Path]) -> list[Example]:
     return examples
 
 
-def read_data(data: str) -> Tensor | list[Example]:
+def shared_tokens(files: Sequence[Path], folder: Path) -> Path:
+    """Where the tokens of these texts are in the folder of a run: its first process writes them,
+    once, and the others map them, as a resumed run does."""
+    # Not by content: a corpus is not to be read through before each start.
+    marks = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    name = hashlib.sha256(repr(marks).encode()).hexdigest()[:12]
+    path = folder / f"tokens-{name}.bin"
+    if process_rank() == 0 and not path.exists():
+        write_file(path, functools.partial(tokenize, files))
+    Machine.wait()
+    return path
+
+
+def read_data(data: str, folder: Path | None = None) -> Tensor | list[Example]:
     """A `data` setting as the tokens of a text, uint16, or as examples.
 
-    BadFile for a file that cannot be used, FileNotFoundError where there is none.
+    With the folder of a run, a text is tokenised once, into it. BadFile for a file that cannot be
+    used, FileNotFoundError where there is none.
     """
     files = find_files(data)
     if len(files) == 1 and files[0].suffix.lower() == ".bin":
@@ -1206,6 +1228,9 @@ def read_data(data: str) -> Tensor | list[Example]:
     if isinstance(next(read_pieces(files[0])), Example):
         return load_examples(files)
 
+    # On a second machine there is no such file, unless the two share a disk.
+    if folder and (tokens := shared_tokens(files, folder)).exists():
+        return map_tokens(tokens)
     buffer = io.BytesIO()
     tokenize(files, buffer)
     # Not `getvalue`, which would copy them all, into memory that PyTorch warns is read-only.
@@ -1421,13 +1446,12 @@ def evaluation_set(data: Tensor | list[Example], context_length: int, name: str)
     return TextDataset(data, min(context_length, len(data) - 1))
 
 
-def load_data(config: dict) -> tuple[Any, Any]:
-    """The data sets of a config, to train on and to validate on (or None).
-
-    ValueError, also BadFile, if the data cannot be used or leaves nothing to train on.
+def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
+    """The data sets of a config, to train on and to validate on (or None). For `folder`, see
+    read_data. ValueError, also BadFile, if the data cannot be used or leaves nothing to train on.
     """
     name, context = config["data"], config["context_length"]
-    data = read_data(name)
+    data = read_data(name, folder)
     n_val = 0 if config["val_data"] else math.ceil(len(data) * config["val_fraction"])
     # Examples are held back at random, since their files may be sorted. Of a text it is the end:
     # windows picked at random would share tokens with those that are trained on.
@@ -1446,8 +1470,8 @@ def load_data(config: dict) -> tuple[Any, Any]:
     else:
         train_set = TextDataset(data[:n_train], context, config["stride"] or max(1, context // 2))
 
-    if config["val_data"]:
-        return train_set, evaluation_set(read_data(config["val_data"]), context, config["val_data"])
+    if name := config["val_data"]:
+        return train_set, evaluation_set(read_data(name, folder), context, name)
     return train_set, evaluation_set(data[n_train:], context, name) if n_val else None
 
 
@@ -1549,6 +1573,11 @@ def process_rank() -> int:
 class Machine:
     """On what, in what numbers and by how many processes a run is computed."""
 
+    # What `sum` adds up. A count of tokens above 16 million would be rounded in float32. It is kept
+    # between sums, since a thread of Gloo lets go of it only after the sum is known: the last to
+    # hold a tensor frees it, and a thread that does so while Python ends aborts the process.
+    total = torch.zeros((), dtype=torch.float64)
+
     def __init__(self, device: str = "auto", precision: str = "auto"):
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
@@ -1621,16 +1650,14 @@ class Machine:
     @staticmethod
     def sum(value: float | Tensor) -> float:
         """The sum of this number over all processes; each waits for all."""
-        # A count of tokens above 16 million would be rounded in float32.
-        total = torch.tensor(float(value), dtype=torch.float64)
+        Machine.total.fill_(float(value))
         if dist.is_initialized():
-            dist.all_reduce(total)
-        return total.item()
+            dist.all_reduce(Machine.total)
+        return Machine.total.item()
 
     @staticmethod
     def wait() -> None:
         """Wait until all processes are here."""
-        # A sum would do, but a thread lets go of its tensor, and dies if Python is ending by then.
         if dist.is_initialized():
             dist.barrier()
 
@@ -1662,6 +1689,8 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
+        if getattr(error, "filename", None) not in (None, str(part)):
+            raise  # of a file that `write` reads
         reason = error.__context__ or error  # torch.save hides what the disk said
         raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', reason)}") from error
     finally:
@@ -2143,7 +2172,7 @@ def start_run(
             config = new_config(given, source)
         config["precision"] = machine.precision  # what `auto` came to
 
-        train_set, val_set = load_data(config)
+        train_set, val_set = load_data(config, folder)
         announce(config, machine, train_set, val_set)
         model = (model or make_model(config, source)).to(machine.device)
         digest = fingerprint(files) if machine.rank == 0 else ""
@@ -2810,8 +2839,8 @@ def run_train(args: argparse.Namespace) -> None:
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))  # 0: another process got it
 
     # All is saved, so there is nothing to finish: a signal ends what comes now at once.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if process_rank() == 0:
         close_run(args, time.monotonic() - started)
 
@@ -2837,12 +2866,11 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
 
-        # The first prompt is a good one to try. An instruction is taken out of its frame, which
-        # --instruct puts around it again; `--` lets a prompt begin with a dash.
-        frame = r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:\n$"
-        asked = re.search(frame, first.prompt, re.DOTALL)
-        text = asked[1] if asked else first.prompt
-        prompt = ["--instruct", f"--input={asked[2] or ''}"] if asked else []
+        # The first prompt is a good one to try. --instruct puts an instruction into its layout
+        # again; `--` lets a prompt begin with a dash.
+        asked = instruction_of(first.prompt)
+        text, given = asked or (first.prompt, "")
+        prompt = ["--instruct", f"--input={given}"] if asked else []
         prompt += ["--", text] if text.startswith("-") else [text]
 
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
@@ -2997,6 +3025,11 @@ def prompt_tokens(model: GPT2, text: str) -> Tensor:
     return ids if ids.numel() else torch.tensor([[tokenizer.eot_token]])
 
 
+def write_out(text: str) -> None:
+    """Print text at once. A file gets what the model wrote; a terminal is protected from it."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) -> None:
     """Print the samples of one prompt: one as it is made, several when they are done."""
     text = instruction_prompt(prompt, args.input) if args.instruct else prompt
@@ -3006,22 +3039,19 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     before = "" if args.instruct or args.only_new else prompt
     streams = len(replies) == 1 and not args.json
 
-    # A file gets what the model wrote; a terminal must be protected from it.
-    def write(text: str) -> None:
-        print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
-
     def on_token(new: Tensor) -> bool:
+        """Show what a column of new tokens (B, 1) adds; True ends the generation."""
         for reply, token in zip(replies, new.flatten().tolist(), strict=True):
             reply.add(token)
         if streams:
-            write(replies[0].news())
+            write_out(replies[0].news())
         else:
             progress.info(f"tokens so far: {max(reply.tokens for reply in replies)}")
         return all(reply.ended for reply in replies)
 
     # A streamed prompt is seen at once, while the model still reads it.
     if streams:
-        write(before)
+        write_out(before)
     started = time.perf_counter()
     rows = ids.expand(len(replies), -1)
     end = load_tokenizer().eot_token
@@ -3033,11 +3063,11 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
         reply.finish()
         if args.json:
             row = {"prompt": prompt, "text": reply.text, "tokens": reply.tokens}
-            write(json.dumps(row | {"seconds": round(seconds, 3), "ended": reply.ended}) + "\n")
+            write_out(json.dumps(row | {"seconds": round(seconds, 3), "ended": reply.ended}) + "\n")
         elif streams:
-            write(reply.news() + "\n")
+            write_out(reply.news() + "\n")
         else:
-            write(f"--- sample {i} of {len(replies)} ---\n{before}{reply.text}\n")
+            write_out(f"--- sample {i} of {len(replies)} ---\n{before}{reply.text}\n")
     count = sum(reply.tokens for reply in replies)
     log.info(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s")
 
@@ -3191,12 +3221,19 @@ OPTIONS = {
         "json": "print JSON objects",
     },
 }
-DEFAULTS: dict[str, Any] = CONFIG | {
-    **{"model": "checkpoints/last.pt", "model_size": "", "init": "", "out": "checkpoints"},
-    **{"resume": False, "auto_resume": False, "overwrite": False, "all": False, "json": False},
-    **{"max_tokens": 100, "do_sample": False, "temperature": 1.0, "top_k": None, "top_p": None},
-    **{"num_samples": 1, "stop": [], "prompts": "", "instruct": False, "input": ""},
-    **{"only_new": False},
+DEFAULTS: dict[str, Any] = {
+    **CONFIG,
+    **dict.fromkeys(("resume", "auto_resume", "overwrite", "all", "json"), False),
+    **dict.fromkeys(("do_sample", "instruct", "only_new"), False),
+    **dict.fromkeys(("model_size", "init", "prompts", "input"), ""),
+    "model": "checkpoints/last.pt",
+    "out": "checkpoints",
+    "max_tokens": 100,
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": None,
+    "num_samples": 1,
+    "stop": [],
 }
 ARGPARSE_DETAILS: dict[str, dict] = {  # what argparse is to know beside type and default
     "data": {"nargs": "+", "action": "extend", "metavar": "FILE", "type": str},
@@ -3206,17 +3243,30 @@ ARGPARSE_DETAILS: dict[str, dict] = {  # what argparse is to know beside type an
     "stop": {"action": "append", "metavar": "TEXT"},
 }
 
-
 TRAIN_OPTIONS = ("model_size", "init", "out", "resume", "auto_resume", "overwrite", *CONFIG)
 TEXT_OPTIONS = ("model", *OPTIONS["text"], "seed", "device", "precision", "json")
 EVAL_OPTIONS = ("model", "data", "stride", "all", "device", "precision", "json")
-COMMANDS: dict[str, tuple] = {  # function, meaning, positional argument, its number, options
-    "train": (run_train, "train or fine-tune a model", "files", "*", TRAIN_OPTIONS),
-    "generate": (run_generate, "continue a text", "prompt", "*", TEXT_OPTIONS),
-    "eval": (run_eval, "measure a model", "files", "*", EVAL_OPTIONS),
-    "export": (run_export, "write a folder that other programs read", "folder", None, ("model",)),
-    "tokenize": (run_tokenize, "write the tokens of texts into one file", "paths", "+", ()),
-    "info": (run_info, "say what a model is", "model", None, ()),
+
+
+class Command(NamedTuple):
+    """A command: its function, what it does, its positional argument and how many, its options."""
+
+    run: Callable[[argparse.Namespace], None]
+    meaning: str
+    positional: str
+    number: str | None
+    options: Sequence[str]
+
+
+COMMANDS = {
+    "train": Command(run_train, "train or fine-tune a model", "files", "*", TRAIN_OPTIONS),
+    "generate": Command(run_generate, "continue a text", "prompt", "*", TEXT_OPTIONS),
+    "eval": Command(run_eval, "measure a model", "files", "*", EVAL_OPTIONS),
+    "export": Command(
+        run_export, "write a folder that other programs read", "folder", None, ("model",)
+    ),
+    "tokenize": Command(run_tokenize, "write the tokens of texts into one file", "paths", "+", ()),
+    "info": Command(run_info, "say what a model is", "model", None, ()),
 }
 POSITIONALS = {
     "files": "the same as --data",
@@ -3263,14 +3313,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gpt2.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"gpt2.py {VERSION}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    for name, (_, text, positional, number, options) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, formatter_class=HelpFormatter
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.meaning,
+            description=command.meaning,
+            allow_abbrev=False,
+            formatter_class=HelpFormatter,
         )
-        command.add_argument(positional, nargs=number, help=POSITIONALS[positional])
+        about = POSITIONALS[command.positional]
+        subparser.add_argument(command.positional, nargs=command.number, help=about)
         for title, group in OPTIONS.items():
-            section = command.add_argument_group(title)
-            for key in (key for key in group if key in options):
+            section = subparser.add_argument_group(title)
+            for key in (key for key in group if key in command.options):
                 add_option(section, key, group[key])
     return parser
 
@@ -3301,7 +3356,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     known, unknown = parser.parse_known_args(words)
     given = vars(known)
     if unknown:
-        advice = hint(unknown[0], COMMANDS[known.command][4])
+        advice = hint(unknown[0], COMMANDS[known.command].options)
         parser.error(f"{known.command} does not know {unknown[0]}{advice}")
     if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
         given["data"] = ",".join(files)
@@ -3344,7 +3399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.addHandler(notes)
     log.setLevel(logging.INFO)
     try:
-        COMMANDS[args.command][0](args)
+        COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return 0
     # Statuses as the shell gives them: 128 + the number of the signal.

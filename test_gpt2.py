@@ -257,6 +257,11 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+def left_in(folder):
+    """What a run has left in its folder, beside the tokens of its data."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("tokens-"))
+
+
 def sha256(path):
     """The digest of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -658,6 +663,8 @@ folder, dropped, words = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 sys.path.insert(0, folder)
 import gpt2
 
+if os.environ["RANK"] == "1":
+    gpt2.tokenize = None  # the first process does it for both
 clock = itertools.count()  # a step takes one second
 gpt2.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(clock))
 list(gpt2.train(dropped, out="whole"))
@@ -1602,6 +1609,20 @@ class TestRuns:
         assert_close(metrics_of(Path("run")), take(plain))
         assert load("run/last.pt")["step"] == 2 and Path("left").exists()
 
+    def test_a_text_is_tokenised_once_into_the_folder_of_its_run(self, config, copied, monkeypatch):
+        folder = copied(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt2, "tokenize", raising(AssertionError("tokenised again")))
+            assert go_on(folder)["step"] == 3
+
+        # Another text under the same name is another text, and a text to validate on has its own.
+        text = folder / "text.txt"
+        given = config | {"val_data": config["data"], "max_steps": 1}
+        for content in (VERDICT[:300], VERDICT[:310]):
+            take(given | {"data": str(write(text, content))}, out=folder, overwrite=True)
+            found = [gpt2.map_tokens(path).tolist() for path in folder.glob("tokens-*.bin")]
+            assert tokens_in(text) in found and tokens_in(config["data"]) in found
+
     @cases("step", range(1, STEPS))
     def test_resumed_from_any_step_a_run_is_bit_for_bit_the_same(self, whole, copied, step):
         folder = copied(step)
@@ -1753,7 +1774,7 @@ class TestRuns:
         assert load(folder / "last.pt")["step"] == 12 and (folder / "best.pt").exists()
         assert len(list(run)) == 1
         assert load(folder / "last.pt")["step"] == len(metrics_of(folder)) == 2
-        assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
+        assert left_in(folder) == ["last.pt", "loss.png", "metrics.jsonl"]
 
     @cases("epochs, every, saved", [(2.0, 0, [2, 4, 6, 8]), (20.0, 0, [8]), (2.0, 3, [3, 6])])
     def test_a_run_is_saved_on_the_way(self, config, tmp_path, epochs, every, saved):
@@ -1805,6 +1826,8 @@ class TestRuns:
         real, error = getattr(os, call), OSError(28, "No space left on device")
         for k in range(1, 2 * a_step + 2):
             folder = tmp_path / str(k)
+            others = shutil.ignore_patterns("*.pt", "*.jsonl", "*.png")
+            shutil.copytree(tmp_path / "whole", folder, ignore=others)  # the tokens are there
             caplog.clear()
             monkeypatch.setattr(os, call, at_call(k, raising(error), real))
             failed = math.ceil(k / a_step)  # in "step 3": the picture
@@ -1827,7 +1850,7 @@ class TestRuns:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", figure)
         result = cli("train", *words(config | {"max_steps": 1}), "--out", "run")
         assert result.code == 0 and "loss.png" in result.err
-        assert sorted(os.listdir("run")) == ["last.pt", "metrics.jsonl"]
+        assert left_in("run") == ["last.pt", "metrics.jsonl"]
 
     def test_the_picture_shows_both_losses_and_the_lowest(self, whole, monkeypatch):
         from matplotlib.figure import Figure
@@ -2594,7 +2617,7 @@ class TestCommandLine:
         result = cli("train", *words(given), "--out", folder)
         assert result.code == status and "once more" in result.err
         assert signal.getsignal(number) == signal.SIG_DFL  # a second one would not wait
-        assert sorted(os.listdir(folder)) == ["last.pt", "loss.png", "metrics.jsonl"]
+        assert left_in(folder) == ["last.pt", "loss.png", "metrics.jsonl"]
         assert len(metrics_of(folder)) == load(folder / "last.pt")["step"] == 3
         assert cli(*pasted(result, "train"), "--eval_every", 2).code == 0
         assert same(load(folder / "last.pt")["model"], load(whole / "last.pt")["model"])
