@@ -871,9 +871,11 @@ import random
 import re
 import shlex
 import signal
+import socket
 import stat
 import sys
 import textwrap
+import threading
 import time
 from array import array
 from typing import IO, NamedTuple, NoReturn
@@ -944,7 +946,7 @@ def not_utf8(path: Path) -> BadFile:
                 utf16 = line.startswith((b"\xff\xfe", b"\xfe\xff"))
                 problem = "UTF-16" if utf16 else f"not UTF-8: 0x{line[error.start]:02x}"
                 where = f"{path}, line {number}, byte {error.start + 1}"
-                return BadFile(f"{where} is {problem}; save the file as UTF-8 text")
+                return BadFile(f"{where} is {problem}; save it as UTF-8 text, or leave it out")
     return BadFile(f"{path} changed while it was read")
 
 
@@ -1117,7 +1119,7 @@ def find_files(data: str) -> list[Path]:
                 found.append(path)
 
     if not found:
-        raise FileNotFoundError(f"the folder {data} holds no files")
+        raise FileNotFoundError(f"{data} holds no files")
     return found
 
 
@@ -1547,7 +1549,7 @@ def pick_device(name: str) -> torch.device:
         torch.ones(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"no device {name!r} here: try auto, cpu, cuda, mps or xpu") from error
+        raise ValueError(f"no device {name!r} here: give auto or cpu") from error
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -1689,8 +1691,10 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        if getattr(error, "filename", None) not in (None, str(part)):
-            raise  # of a file that `write` reads
+        # Not of this file: one that `write` reads has another name, a failed download no number.
+        name = getattr(error, "filename", None)
+        if name not in (None, str(part)) or getattr(error, "errno", 0) is None:
+            raise
         reason = error.__context__ or error  # torch.save hides what the disk said
         raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', reason)}") from error
     finally:
@@ -1725,7 +1729,7 @@ def load_pickled(path: Path, mmap: bool = True) -> Any:
         mmap = mmap and head.startswith(b"PK")  # not the format of torch before 1.6
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError) as e:
-        raise BadFile(f"{path} is not a file of weights, or it is damaged") from e
+        raise BadFile(f"{path} is no file of weights, or damaged: copy it again") from e
 
 
 # The state of a run, in memory and in its folder.
@@ -1779,6 +1783,7 @@ class Run:
         log.info(f"run       from step {self.step + 1} to {self.last_step}")
         if self.config["compile"]:
             log.info("compile   the first steps take a minute")
+        progress.info("computing the first step")
         while self.step < self.last_step:
             # The mean, so that all stop together: after a failed save, the first counts otherwise.
             patience = self.config["patience"]
@@ -2055,7 +2060,8 @@ def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> No
     log.info(f"model     {count:,} parameters, on {machine.device} in {machine.precision}")
     # Weights, gradients and two moments, 4 bytes each; what a batch needs comes on top.
     needed, free = 16 * count, free_memory(machine.device)
-    log.info(f"memory    {needed / 1e9:.1f} GB for weights, gradients and AdamW's two moments")
+    amount = f"{needed / 1e9:.1f} GB" if needed > 1e9 else f"{needed / 1e6:.0f} MB"
+    log.info(f"memory    {amount} for weights, gradients and AdamW's two moments")
     if needed > free:
         advice = "choose a smaller --model_size or --emb_dim"
         log.warning(f"memory    only {free / 1e9:.1f} GB are free: {advice}")
@@ -2105,19 +2111,22 @@ def restore(run: Run, checkpoint: dict) -> None:
     if checkpoint["items_per_step"] != run.items_per_step:
         old = checkpoint["items_per_step"]
         rule = f"batch_size × grad_accumulation × processes must stay {old} in a resumed run"
-        raise ValueError(f"{rule}, and would be {run.items_per_step}")
+        batches, rest = divmod(old, run.config["batch_size"] * run.machine.world)
+        advice = "give another --batch_size" if rest else f"give --grad_accumulation {batches}"
+        raise ValueError(f"{rule}, and would be {run.items_per_step}: {advice}")
 
     for key in STATE:
         setattr(run, key, checkpoint[key])
     run.saved_best = (run.best_val_loss, run.best_step)
 
     if run.step >= run.last_step:
-        advice = f"--max_steps 0 goes on to the end, step {run.total_steps}"
-        if run.step >= run.total_steps:
-            key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
-            longer = f"--max_steps 0 --{key} {2 * run.config[key]:g}"
-            advice = f"a longer run, with the schedule of that, is {longer}"
-        raise ValueError(f"the run in {run.folder} is finished, at step {run.step}: {advice}")
+        state = f"the run in {run.folder} is at step {run.step} of {run.total_steps}"
+        command = f"{resume_command(str(run.folder))} --max_steps 0"
+        if run.step < run.total_steps:
+            raise ValueError(f"{state}, beyond max_steps: to its end with {command}")
+        key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
+        longer = f"{command} --{key} {2 * run.config[key]:g}"
+        raise ValueError(f"{state}, finished: longer, with the schedule of that, with {longer}")
 
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -2419,7 +2428,11 @@ def load_folder(folder: Path) -> GPT2:
     """The model of a folder in Hugging Face format."""
     if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").exists()
-        kind = "an adapter: merge it into its model" if adapter else "not a model: no config.json"
+        kind = (
+            "an adapter: merge it into its model"
+            if adapter
+            else "no model: no config.json or best.pt"
+        )
         raise BadFile(f"{folder} is {kind}")
     given = {"resid_pdrop": 0.1} | read_json_file(folder / "config.json")
     # GPT-2's first configs say n_ctx only.
@@ -2482,7 +2495,7 @@ def find_model(name_or_path: str | Path) -> Path | None:
     if path.exists():
         return path
     if not named:
-        advice = f"train one, or give one of {', '.join(OPENAI_SIZES)}"
+        advice = f"make one with python gpt2.py train, or give one of {', '.join(OPENAI_SIZES)}"
         raise FileNotFoundError(f"there is no model {str(path)!r}: {advice}")
     return None
 
@@ -2547,7 +2560,7 @@ def folder_files(config: dict) -> dict[str, bytes]:
 
 def save_hugging_face(model: GPT2, folder: Path) -> None:
     """Write a new folder that `transformers`, CTranslate2, llama.cpp and vLLM read."""
-    if any(folder.glob("*")):
+    if folder.is_file() or any(folder.glob("*")):
         raise ValueError(f"{folder} is not empty: give a new folder")
     config = dict(model.config)
     weights = dict[str, Tensor](model.named_parameters())
@@ -2752,16 +2765,34 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        # Python calls `receive` between two of its own instructions, and a product of large
+        # matrices is one. What must not wait, a thread does: it reads the signals' numbers.
+        self.numbers, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        threading.Thread(target=self.watch, daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: Any) -> None:
         """Remember the signal; the run is stopped after its step."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
-        # Not `print`: the signal may have come inside one, and a buffer is not entered twice.
-        with contextlib.suppress(OSError):  # the same Ctrl-C may have ended `| tee`
-            os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+
+    def watch(self) -> None:
+        """Say what the first signal does; the second ends the process at once."""
+        self.numbers.recv(1)
+        # Not `print`: the main thread may be inside one. The same Ctrl-C may have ended `| tee`.
+        with contextlib.suppress(OSError):
+            if process_rank() == 0:
+                os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
+        os._exit(128 + self.numbers.recv(1)[0])
+
+    @staticmethod
+    def close() -> None:
+        """Back to the usual: nothing needs to be finished any more."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def resume_command(out: str) -> str:
@@ -2835,18 +2866,19 @@ def run_train(args: argparse.Namespace) -> None:
         # the run ends and saves anyway.
         if Machine.sum(stop.signal) > 0 and row["step"] < row["total_steps"]:
             run.close()  # which saves
+            stop.close()
             log.info(f"saved step {row['step']}; go on with: {resume_command(args.out)}")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))  # 0: another process got it
 
-    # All is saved, so there is nothing to finish: a signal ends what comes now at once.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # All is saved: a signal ends at once what comes now.
+    Stop.close()
     if process_rank() == 0:
-        close_run(args, time.monotonic() - started)
+        close_run(args, row, time.monotonic() - started)
 
 
-def close_run(args: argparse.Namespace, seconds: float) -> None:
-    """What a person wants to know after a run: how it went, what it left, what to type next."""
+def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
+    """What a person wants to know after a run, of which `row` was the last: how it went, what it
+    left, what to type next."""
     folder = Path(args.out)
     state = load_checkpoint(folder / "last.pt")
     names = ("last.pt", "best.pt", "metrics.jsonl", "loss.png")
@@ -2855,6 +2887,8 @@ def close_run(args: argparse.Namespace, seconds: float) -> None:
     if (folder / "best.pt").exists():
         when = f"after step {state['best_step']}" if state["best_step"] else "before the first step"
         log.info(f"lowest    validation {state['best_val_loss']:.3f} {when}: that model is best.pt")
+        if "val_loss" not in row:  # max_steps was no multiple of eval_every
+            log.info(f"          step {row['step']} was not measured: last.pt may be better")
 
     model = find_model(folder)
     prompt: list[str] = []
@@ -3203,7 +3237,7 @@ OPTIONS = {
     "text": {
         "max_tokens": "most tokens to write",
         "do_sample": "draw tokens; the next three options imply it",
-        "temperature": "below 1 safer, above 1 wilder; 0: greedy",
+        "temperature": "of drawing: below 1 safer, above 1 wilder; 0: greedy",
         "top_k": "draw from so many most probable tokens",
         "top_p": "draw from the fewest tokens that reach this probability",
         "num_samples": "texts for each prompt, computed together",
@@ -3372,6 +3406,9 @@ def what_went_wrong(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:  # a stream has no file name
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if type(error).__module__.startswith("requests"):  # with which tiktoken downloads
+        advice = "copy the folder .tiktoken, which came with gpt2.py, beside it"
+        return f"GPT-2's vocabulary is not here, and cannot be downloaded: {advice}"
     if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
         return text
     # PyTorch has no exception class for this on a CPU: its text is all there is.
