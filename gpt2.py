@@ -866,6 +866,7 @@ import io
 import itertools
 import json
 import logging
+import mmap
 import pickle
 import random
 import re
@@ -873,11 +874,14 @@ import shlex
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import textwrap
 import threading
 import time
+import warnings
 from array import array
+from datetime import timedelta
 from typing import IO, NamedTuple, NoReturn
 
 import torch.distributed as dist
@@ -1028,7 +1032,7 @@ def as_pair(record: dict) -> Example:
     # A table has no booleans: its "false" is a text.
     end = record.get("end", True) not in (False, "false")
     completion = text_of(record, "completion")
-    if not completion and not end:
+    if not END_AT_END.sub("", completion) and not end:
         raise BadFile("'completion' is empty, and \"end\" is false: nothing is to be predicted")
     return Example(text_of(record, "prompt"), completion, end)
 
@@ -1046,7 +1050,7 @@ def as_question(record: dict) -> Example:
     """A question with choices, like HellaSwag's; `answer` is the place of the right one, from 0."""
     choices, answer = record["choices"], record["answer"]
     texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    if not texts or "" in choices:
+    if not texts or not all(END_AT_END.sub("", choice) for choice in choices):
         raise BadFile("'choices' must be a list of texts, none of them empty")
     # Not isinstance: to Python, True is an int.
     if type(answer) is not int or not 0 <= answer < len(choices):
@@ -1105,9 +1109,10 @@ def find_files(data: str) -> list[Path]:
     """
     found: list[Path] = []
     # A name with a comma may be one file; otherwise commas separate several.
-    for name in [data] if Path(data).exists() else data.split(","):
+    # (Path.exists raises OSError for a name that is too long.)
+    for name in [data] if os.path.exists(data) else data.split(","):
         # `if name`: Path("") would be the current folder.
-        places = [path for path in (Path(name), HERE / name) if name and path.exists()]
+        places = [path for path in (Path(name), HERE / name) if name and os.path.exists(path)]
         if not places:
             raise FileNotFoundError(f"there is no file {name!r}: give a text or a file of examples")
 
@@ -1156,7 +1161,7 @@ def check_white_space(text: str, source: str | Path) -> str:
     """The text. BadFile if the tokenizer would fail: it cannot take a million blanks in a row."""
     # Its message would name no file, and older versions panic, which is no Exception in Python.
     # No run escapes by being cut: a piece of a text ends with a visible character (see SAFE_CUT).
-    if run := re.search(r"\s{200000}", text):
+    if run := re.search(r"(?<!\s)\s{200000}", text):
         before = text[max(0, run.start() - 30) : run.start()]
         raise BadFile(f"{source}: over 200,000 white-space characters in a row, after {before!r}")
     return text
@@ -1165,7 +1170,9 @@ def check_white_space(text: str, source: str | Path) -> str:
 def tokenize(files: Sequence[Path], out: IO[bytes]) -> None:
     """Write the tokens of texts as uint16, 2 bytes a token (all 50,257 ids fit), by all cores, in
     constant memory. BadFile if there are none."""
-    encode = functools.partial(load_tokenizer().encode_batch, num_threads=torch.get_num_threads())
+    # Not PyTorch's number: torchrun leaves each process one, and the others only wait.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    encode = functools.partial(load_tokenizer().encode_batch, num_threads=cores or 1)
     started, count = time.perf_counter(), 0
     pieces = text_pieces(files)
     # Eight pieces keep the cores busy, and bound the memory.
@@ -1184,8 +1191,12 @@ def map_tokens(path: Path) -> Tensor:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise BadFile(f"{path} has {size} bytes: not tokens of two bytes each")
-    # Mapped, not read: a corpus larger than the memory can be trained on.
-    tokens = torch.from_file(str(path), shared=False, size=size // 2, dtype=torch.uint16)
+    # Mapped, not read: a corpus larger than the memory can be trained on. Read-only, for what may
+    # be written must fit into the memory: torch.from_file is refused such a file.
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, that nobody must write
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        tokens = torch.frombuffer(mapped, dtype=torch.uint16)
     # Files of other tokenizers show it early; looking at all tokens would read the whole file.
     if (highest := int(tokens[: 1 << 20].int().max())) >= CONFIG["vocab_size"]:
         raise BadFile(f"{path} holds token {highest}: these are not GPT-2's tokens")
@@ -1207,7 +1218,7 @@ def load_examples(files: Sequence[Path]) -> list[Example]:
 def shared_tokens(files: Sequence[Path], folder: Path) -> Path:
     """Where the tokens of these texts are in the folder of a run: its first process writes them,
     once, and the others map them, as a resumed run does."""
-    # Not by content: a corpus is not to be read through before each start.
+    # By name, size and time, not by content: all must know the name, and only the first reads.
     marks = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     name = hashlib.sha256(repr(marks).encode()).hexdigest()[:12]
     path = folder / f"tokens-{name}.bin"
@@ -1381,7 +1392,10 @@ class CompletionDataset(list):
 def decoded(ids: Tensor) -> bytes:
     """The text of tokens (T,), as bytes, without `<|endoftext|>`."""
     tokenizer = load_tokenizer()
-    return tokenizer.decode_bytes([i for i in ids.tolist() if i < tokenizer.eot_token])
+    # In parts: a list of Python's numbers is twenty times as large as the tensor.
+    parts = (part.int() for part in ids.split(1 << 20))
+    known = (part[part < tokenizer.eot_token].tolist() for part in parts)
+    return b"".join(map(tokenizer.decode_bytes, known))
 
 
 def scoring_batches(dataset: Any, stride: int | None = None, tokens: int = 1024) -> Iterator[Batch]:
@@ -1589,7 +1603,9 @@ class Machine:
             if cuda:
                 torch.cuda.set_device(self.device)
             # Gradients lie on the GPU and go by NCCL; Machine.sum adds on the CPU, by Gloo.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            # The others wait while the first tokenises: for a corpus, longer than half an hour.
+            backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(hours=12)
+            dist.init_process_group(backend, timeout=patience)
         self.rank = process_rank()
         self.world = dist.get_world_size() if dist.is_initialized() else 1
 
@@ -1695,7 +1711,8 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         name = getattr(error, "filename", None)
         if name not in (None, str(part)) or getattr(error, "errno", 0) is None:
             raise
-        reason = error.__context__ or error  # torch.save hides what the disk said
+        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+        reason = error.__context__ if hidden else error  # torch.save hides what the disk said
         raise OSError(f"cannot write {path}: {getattr(reason, 'strerror', reason)}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -1861,9 +1878,7 @@ class Run:
             loss = evaluate(self.model, self.validation_batches(), self.machine)
         log.info(f"start     validation {loss:.3f}, before the first step")
         self.best_val_loss = loss if math.isfinite(loss) else math.inf
-        if self.folder and self.metrics:
-            save_checkpoint(self.folder / "best.pt", self.checkpoint())
-        self.saved_best = (self.best_val_loss, self.best_step)
+        self.save()
 
     def checkpoint(self) -> dict:
         """The weights, and what is known of them."""
@@ -1875,7 +1890,7 @@ class Run:
 
     def save(self) -> None:
         """Write last.pt, and best.pt after the lowest measurement. A failure is a warning."""
-        # The others only note the time, so that all agree on when a save is due.
+        # The others have nothing to write.
         self.failed, self.saved_step, self.saved_at = False, self.step, time.monotonic()
         if not (self.folder and self.metrics):
             return
@@ -1996,6 +2011,8 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> IO[bytes]:
     except (BlockingIOError, PermissionError) as error:
         metrics.close()
         raise ValueError(f"another process trains in {folder}: give another --out") from error
+    except OSError as error:  # some network disks know no locks
+        log.warning(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
     return metrics
 
 
@@ -2067,10 +2084,13 @@ def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> No
         log.warning(f"memory    only {free / 1e9:.1f} GB are free: {advice}")
 
 
-def load_run(path: Path) -> dict:
-    """The last.pt of a run that is to go on. BadFile where it does not hold together."""
+def load_run(path: Path) -> tuple[dict, GPT2]:
+    """The last.pt of a run that is to go on, and its model. BadFile where it does not hold
+    together."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no run to resume in {path.parent}: leave --resume out")
+        best = path.with_name("best.pt")
+        advice = f"begin with --init {best} and another --out" if best.exists() else "leave it out"
+        raise FileNotFoundError(f"there is no {path} for --resume: {advice}")
     checkpoint = load_checkpoint(path, mmap=False)  # for the file will be replaced
     if "version" not in checkpoint:
         advice = f"go on with --init {path} and another --out"
@@ -2083,7 +2103,9 @@ def load_run(path: Path) -> dict:
             raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
     if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
         raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
-    return checkpoint
+    # Of one reading: the file may be written by the process that trains until now.
+    with blaming(path):
+        return checkpoint, build_model(checkpoint["config"], checkpoint.pop("model"))
 
 
 def make_model(config: dict, source: GPT2 | None) -> GPT2:
@@ -2119,14 +2141,16 @@ def restore(run: Run, checkpoint: dict) -> None:
         setattr(run, key, checkpoint[key])
     run.saved_best = (run.best_val_loss, run.best_step)
 
-    if run.step >= run.last_step:
-        state = f"the run in {run.folder} is at step {run.step} of {run.total_steps}"
-        command = f"{resume_command(str(run.folder))} --max_steps 0"
-        if run.step < run.total_steps:
-            raise ValueError(f"{state}, beyond max_steps: to its end with {command}")
+    state = f"the run in {run.folder} is at step {run.step} of {run.total_steps}"
+    command = f"{resume_command(str(run.folder))} --max_steps 0"
+    if run.step >= run.total_steps:
         key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
-        longer = f"{command} --{key} {2 * run.config[key]:g}"
+        longer = f"{command} --{key} {2 * run.config[key]}"
         raise ValueError(f"{state}, finished: longer, with the schedule of that, with {longer}")
+    if run.step >= run.last_step:
+        raise ValueError(f"{state}, beyond max_steps: to its end with {command}")
+    if 0 < run.config["patience"] <= run.stale:
+        raise ValueError(f"{state}, where patience ended: to its end with {command} --patience 0")
 
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -2163,8 +2187,7 @@ def start_run(
 
     # Values, files and folder first: a mistake is not to be found after a long download.
     given = check_given(given)
-    checkpoint = load_run(folder / "last.pt") if resume and folder else {}
-    model = load_pretrained(folder / "last.pt") if resume and folder else None
+    checkpoint, model = load_run(folder / "last.pt") if resume and folder else ({}, None)
     config = resumed_config(checkpoint["config"], given) if resume else CONFIG | given
     files = find_files(config["data"])
     if config["val_data"]:
@@ -2458,6 +2481,9 @@ def load_file(path: Path) -> GPT2:
         args = checkpoint["model_args"]
         config = {ours: args.get(theirs) for ours, theirs in names.items()} | {"qkv_bias": True}
         config = check_config(config, MODEL_KEYS)
+        log.info(
+            "nanoGPT computes GELU exactly, this model in OpenAI's form: logits differ a little"
+        )
         return model_from_tensors(checkpoint["model"], config, transposed=False)
     checkpoint = load_checkpoint(path)
     return build_model(checkpoint["config"], checkpoint["model"])
@@ -2471,12 +2497,15 @@ def download(name: str) -> GPT2:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         log.info(f"download  {url}")
-        # It loads into a file beside and renames it: a broken download leaves nothing at `path`.
         try:
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
         except OSError as error:
             raise OSError(f"cannot download {url} ({error}): put that file at {path}") from error
-    return model_from_tensors(read_safetensors(path), OPENAI_SIZES[name], transposed=True)
+    try:
+        tensors = read_safetensors(path)
+    except BadFile as error:  # such as a download that the other end broke off
+        raise BadFile(f"{error}; delete it, and it will be downloaded again") from error
+    return model_from_tensors(tensors, OPENAI_SIZES[name], transposed=True)
 
 
 def find_model(name_or_path: str | Path) -> Path | None:
@@ -2500,17 +2529,24 @@ def find_model(name_or_path: str | Path) -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def blaming(source: str | Path) -> Iterator[None]:
+    """What is wrong with a config or with tensors inside is a BadFile that names their source."""
+    try:
+        yield
+    except BadFile:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadFile(f"{source}: {error}") from error
+
+
 def load_pretrained(name_or_path: str | Path) -> GPT2:
     """A model in float32, on the CPU, in eval mode. BadFile or OSError where that fails."""
     path = find_model(name_or_path)
-    try:
+    with blaming(path or name_or_path):
         if path is None:
             return download(str(name_or_path)).eval()
         return (load_folder(path) if path.is_dir() else load_file(path)).eval()
-    except BadFile:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:  # of a config, of tensors
-        raise BadFile(f"{path or name_or_path}: {error}") from error
 
 
 # Writing a folder.
@@ -2573,7 +2609,11 @@ def save_hugging_face(model: GPT2, folder: Path) -> None:
     tensors = {}
     for ours, theirs in hugging_face_names(config["n_layers"]).items():
         # A model without qkv_bias has none of these; added zeros change nothing.
-        tensor = weights.get(ours, torch.zeros(3 * config["emb_dim"])).detach().float().cpu()
+        if ours.endswith("query_key_value.bias"):
+            weights.setdefault(ours, torch.zeros(3 * config["emb_dim"]))
+        if ours not in weights:
+            raise ValueError(f"the model has no {ours}: it is not as GPT2 made it")
+        tensor = weights[ours].detach().float().cpu()
         tensors[theirs] = tensor.t() if TRANSPOSED.match(theirs) else tensor
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -2785,7 +2825,12 @@ class Stop:
         with contextlib.suppress(OSError):
             if process_rank() == 0:
                 os.write(2, b"\nfinishing this step, then saving; once more to stop at once\n")
-        os._exit(128 + self.numbers.recv(1)[0])
+        # `timeout`, systemd and torchrun may send one request twice, to a process and to its group.
+        said = time.monotonic()
+        while True:
+            number = self.numbers.recv(1)[0]
+            if time.monotonic() - said > 1:
+                os._exit(128 + number)
 
     @staticmethod
     def close() -> None:
@@ -2795,13 +2840,18 @@ class Stop:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def quoted(words: Sequence[str]) -> str:
+    """Words as a command line, to be pasted."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def resume_command(out: str) -> str:
     """What goes on with a run, to be pasted: quoted, and with torchrun where that was used."""
     start = ["python", "gpt2.py"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         count = os.environ["LOCAL_WORLD_SIZE"]
         start = ["torchrun", "--standalone", f"--nproc_per_node={count}", "gpt2.py"]
-    return shlex.join([*start, "train", "--resume", "--out", out])
+    return quoted([*start, "train", "--resume", "--out", out])
 
 
 def show_step(row: dict, rates: Sequence[float], seconds_left: float) -> None:
@@ -2840,9 +2890,11 @@ def run_train(args: argparse.Namespace) -> None:
     """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
     keep_freed_memory()
     given = training_settings(args)
-    resume = args.resume or (args.auto_resume and Path(args.out, "last.pt").exists())
-    init = args.init or None
-    run = train(given, out=args.out, init=init, resume=resume, overwrite=args.overwrite)
+    if args.auto_resume and Path(args.out, "last.pt").exists():
+        run = train(given, out=args.out, resume=True)
+    else:
+        how = {"init": args.init or None, "resume": args.resume, "overwrite": args.overwrite}
+        run = train(given, out=args.out, **how)
 
     stop = None
     rates: list[float] = []
@@ -2898,6 +2950,7 @@ def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
     if isinstance(first, Example):
         # What `eval` would say of this model, with the settings of the run.
         changed = {"model": str(model), "stride": 0, "all": False, "json": False}
+        changed["data"] = state["config"]["val_data"] or state["config"]["data"]
         run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
 
         # The first prompt is a good one to try. --instruct puts an instruction into its layout
@@ -2908,7 +2961,13 @@ def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
         prompt += ["--", text] if text.startswith("-") else [text]
 
     words = ["python", "gpt2.py", "generate", "--model", str(model), *prompt]
-    log.info(f"next      {shlex.join(words)}")
+    log.info(f"next      {quoted(words)}")
+
+
+def checkpoint_of(model: str | Path) -> dict:
+    """What a checkpoint holds; nothing for a model in another format."""
+    path = find_model(model)
+    return load_checkpoint(path) if path and path.is_file() else {}
 
 
 def load_for_use(args: argparse.Namespace) -> GPT2:
@@ -3113,8 +3172,7 @@ def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any,
     """
     # A checkpoint knows its data by the bytes: a copy under another name is the same data.
     files = find_files(args.data)
-    path = find_model(args.model)
-    checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
+    checkpoint = checkpoint_of(args.model)
     labels = checkpoint.get("labels", [])
 
     # With val_data, nothing of `data` was held back: all of it was trained on.
@@ -3169,8 +3227,7 @@ def run_tokenize(args: argparse.Namespace) -> None:
 
 def run_info(args: argparse.Namespace) -> None:
     """Say what a model is: its size, and how it came to be."""
-    path = find_model(args.model)
-    checkpoint = load_checkpoint(path) if path and path.suffix == ".pt" else {}
+    path, checkpoint = find_model(args.model), checkpoint_of(args.model)
     # What OpenAI's names stand for is known without a download.
     config = OPENAI_SIZES[args.model] if path is None else GPT2.from_pretrained(path).config
     with shapes_only():
