@@ -10,9 +10,9 @@ sampling, and nothing else. Part two makes it a program: data files, runs that c
 OpenAI's weights, fast CPUs, the command line. Read it when you need it.
 
 Letters in shapes, with their keys in a config (all keys: see CONFIG): B batch, T tokens
-(time; at most `context_length`), S tokens seen so far, C embedding width (`emb_dim`), H heads
-(`n_heads`), D width of a head (C / H), V vocabulary (`vocab_size`), L layers (`n_layers`). A
-comment `# (B, T, C)` is the shape of what its line makes.
+(time; at most `context_length`), S tokens seen so far (with a cache), C embedding width
+(`emb_dim`), H heads (`n_heads`), D width of a head (C / H), V vocabulary (`vocab_size`), L layers
+(`n_layers`). A comment `# (B, T, C)` is the shape of what its line makes.
 
 The GPT-2 paper is "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), its
 code github.com/openai/gpt-2. The growth of attention in named steps and several names (emb_dim,
@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch loads, for a second or two, just ends it
+if __name__ == "__main__":  # not of GPT-2: Ctrl-C while PyTorch loads just ends the program
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -68,9 +68,10 @@ class SelfAttention(nn.Module):
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
 
-        # A sum of D products has D times the variance of a single product; divided by √D, the
-        # same again. Larger scores would make softmax put nearly all weight on one key, and where
-        # a weight is nearly 0 or 1, its gradient is nearly 0: queries and keys would not learn.
+        # Of independent entries with mean 0 and variance 1, a sum of D products has variance D;
+        # divided by √D, it has 1, however wide the head. Larger scores would make softmax put
+        # nearly all weight on one key, and where a weight is nearly 0 or 1, its gradient is nearly
+        # 0: queries and keys would not learn.
         return queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ class CausalAttention(SelfAttention):
 
         # softmax turns a score of -∞ into a weight of exactly 0.
         scores = self.scores(x).masked_fill(self.future[:tokens, :tokens], -math.inf)  # (B, T, T)
-        # While training, some weights become 0 and the others larger: rows sum to 1 on average.
+        # No token is to rely on a single other one: while training, some weights become 0 and the
+        # others larger, so that rows sum to 1 on average.
         return self.dropout(torch.softmax(scores, dim=-1))  # (B, T, T)
 
 
@@ -127,12 +129,12 @@ class MultiHeadAttention(nn.Module):
     all C numbers of a token:
 
         scores = queries @ keys.transpose(2, 3) / math.sqrt(D)    # (B, H, T, T)
-        scores = scores.masked_fill(future, -math.inf)
+        scores = scores.masked_fill(future, -math.inf)            # as in CausalAttention
         weights = dropout(torch.softmax(scores, dim=-1))          # (B, H, T, T)
         heads = weights @ values                                  # (B, H, T, D)
 
     `F.scaled_dot_product_attention` computes these four lines in one kernel, which need not store
-    the T × T weights.
+    the T × T weights; `is_causal` is the mask.
     """
 
     def __init__(self, config: dict):
@@ -174,9 +176,9 @@ class MultiHeadAttention(nn.Module):
 class LayerNorm(nn.Module):
     """Each token's vector, brought to mean 0 and variance 1, then scaled and shifted as learnt.
 
-    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) The stream grows with every addition; normed, it is
-    of the same size for every layer. For reading: the model uses `nn.LayerNorm`, which computes the
-    same in one kernel.
+    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) The vectors to which blocks add (see
+    TransformerBlock) grow with every addition; normed, they are of the same size for every layer.
+    For reading: the model uses `nn.LayerNorm`, which computes the same in one kernel.
     """
 
     def __init__(self, emb_dim: int):
@@ -195,7 +197,8 @@ class FeedForward(nn.Module):
     """The MLP: make each token's vector four times as wide, apply a non-linearity, narrow it again.
 
     x (B, T, C) -> (B, T, C). Attention only averages values; here each token, alone, makes
-    something of what it has gathered.
+    something of what it has gathered. (Without the non-linearity, the two matrices would do no more
+    than one.)
     """
 
     def __init__(self, config: dict):
@@ -205,7 +208,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config["dropout_rate"])
 
     def forward(self, x: Tensor) -> Tensor:
-        # GELU in the form of OpenAI's code: ½x (1 + tanh(√(2/π) (x + 0.044715 x³)))
+        # GELU, a smooth max(0, x), as OpenAI computes it: ½x (1 + tanh(√(2/π) (x + 0.044715 x³)))
         hidden = F.gelu(self.expand(x), approximate="tanh")  # (B, T, 4C)
         return self.dropout(self.projection(hidden))  # (B, T, C)
 
@@ -241,7 +244,7 @@ class GPT2(nn.Module):
     """The language model (GPT-2 paper, section 2.3).
 
         token ids (B, T) -> token vector + position vector (B, T, C) -> L blocks -> norm
-        -> head: a score for each of the V tokens to come next (B, T, V)
+        -> output head, not one of attention's: a score for each token to come next (B, T, V)
 
     It reads MODEL_KEYS of a config and ignores the rest. ValueError for an impossible config.
     """
@@ -267,7 +270,7 @@ class GPT2(nn.Module):
         """Draw the first weights.
 
         all matrices and embeddings      normal, standard deviation 0.02
-        projections into the stream      0.02 / √(2L): 2L of them add up, so depth adds no variance
+        projections into the stream      0.02 / √(2L): the sum of all 2L has the variance of one
         biases                           0
         norms                            weight 1, bias 0 (as PyTorch makes them)
         """
@@ -327,7 +330,7 @@ class GPT2(nn.Module):
 # ---- 4. Data: text becomes tokens, and the target of each token is the one after it ----
 
 Batch = tuple[Tensor, Tensor]  # x (B, T) and y (B, T), the tokens and their targets
-IGNORE_INDEX = -100  # a target that no loss counts
+IGNORE_INDEX = -100  # a target that no loss counts, as PyTorch has it
 
 
 @functools.lru_cache(maxsize=1)
@@ -362,7 +365,8 @@ class GPTDataset(torch.utils.data.Dataset):
 
     A window begins every `stride` tokens, and the last one ends where the text ends: every token
     but the first is a target, if `stride` is at most T. An offset, 1 to `stride`, moves all windows
-    to the left, so that they cut the text elsewhere; the first and the last then stay inside it.
+    to the left, so that they cut the text elsewhere: with another one in each epoch, a token is met
+    with more or less of the text before it. The first and the last window then stay inside it.
     The x of the text 0 1 2 3 4 5 6 7, with T = 3 and a stride of 2 (y is one more, everywhere):
 
         offset 0    0 1 2    2 3 4    4 5 6
@@ -455,7 +459,10 @@ CONFIG: dict[str, Any] = {
 
 
 def mix_seeds(*numbers: int) -> int:
-    """One seed from several numbers, such as a run's seed, a step and a process."""
+    """One seed from several numbers, such as a run's seed, a step and a process.
+
+    Their sum would not do: step 2 of seed 42 would draw what step 1 of seed 43 draws.
+    """
     mixed = 0
     for number in numbers:  # a step of a linear congruential generator (L'Ecuyer, 1999) for each
         mixed = (mixed * 2862933555777941757 + number + 3037000493) % 2**63
@@ -478,7 +485,8 @@ def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
-    # Decay takes back what the loss does not ask for. A norm's scale near 0 would switch a value
+    # Weight decay shrinks each weight a little at every step, so that only what the loss asks for
+    # stays. A norm's scale near 0 would switch a value
     # off, and biases are few: both are left out.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -664,7 +672,7 @@ def train(
             if save_now:
                 run.save()
 
-            # The steps of this run: with max_steps fewer than run.total_steps, the schedule's.
+            # max_steps may end a run before run.total_steps, the end of the schedule.
             extra = {"model": model, "total_steps": run.last_step}
             if sample_now:
                 extra["sample"] = run.sample()
@@ -759,7 +767,7 @@ def next_token_probabilities(
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
-    # Softmax does not change when all logits move together.
+    # Softmax does not change when all logits move together, and a small temperature is no danger.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
