@@ -152,6 +152,13 @@ def start(*arguments, seconds=300, **options):
     return process
 
 
+def calling(function, *given):
+    """The command line of a Python that calls a function of this file with these words."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_gpt2; "
+    code += f"test_gpt2.{function.__name__}(*sys.argv[1:])"
+    return [sys.executable, "-c", code, *given]
+
+
 def refused(cause, call, error=ValueError):
     """The call raises this error, and its message names the cause (a regular expression)."""
     with pytest.raises(error) as caught:
@@ -178,6 +185,11 @@ def at_call(k, act, function):
         return function(*arguments, **named)
 
     return wrapped
+
+
+def before_step(monkeypatch, k, act):
+    """`act` comes before the k-th step that is trained from here on."""
+    monkeypatch.setattr(gpt2, "learning_rate_at", at_call(k, act, gpt2.learning_rate_at))
 
 
 def lively(config, scale=0.3, seed=0):
@@ -627,52 +639,39 @@ SPOILS = {  # what makes each loss, or only its gradient, no number any more
 }
 
 
-TWO_PROCESSES = """
-import itertools, json, os, signal, sys, time
-from types import SimpleNamespace
+def work_of_torchrun(settings, *words):
+    """One of two processes that torchrun starts. A step takes one second."""
+    dropped = json.loads(settings)
+    clock, evaluate, measured = itertools.count(), gpt2.evaluate, []
+    gpt2.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(clock))
+    if os.environ["RANK"] == "1":
+        gpt2.tokenize = None  # the first process does it for both
+    take(dropped, out="whole")
+    take(dropped | {"max_steps": 2}, out="halves")
+    take({"max_steps": 0}, out="halves", resume=True)
 
-folder, dropped, words = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
-sys.path.insert(0, folder)
-import gpt2
+    def counting(model, batches, machine):
+        batches = list(batches)
+        measured.extend(int((y != -100).sum()) for _, y in batches)
+        return evaluate(model, batches, machine)
 
-if os.environ["RANK"] == "1":
-    gpt2.tokenize = None  # the first process does it for both
-clock = itertools.count()  # a step takes one second
-gpt2.time = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(clock))
-list(gpt2.train(dropped, out="whole"))
-list(gpt2.train(dropped | {"max_steps": 2}, out="halves"))
-list(gpt2.train({"max_steps": 0}, out="halves", resume=True))
-
-evaluate, rate, measured = gpt2.evaluate, gpt2.learning_rate_at, []
-
-def counting(model, batches, machine):
-    batches = list(batches)
-    measured.extend(int((y != -100).sum()) for _, y in batches)
-    return evaluate(model, batches, machine)
-
-def strike(step, *rest):
-    if step == 8 and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGTERM)
-    return rate(step, *rest)
-
-gpt2.evaluate, gpt2.learning_rate_at = counting, strike
-try:
-    gpt2.main(["train", "--out", "run", *words])
-except SystemExit as stop:
-    sys.stdout.write(f"{stop.code} {sum(measured)}\\n")  # at once: both write here
-"""
+    gpt2.evaluate = counting
+    if os.environ["RANK"] == "1":
+        before_step(pytest.MonkeyPatch(), 8, lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        gpt2.main(["train", "--out", "run", *words])
+    except SystemExit as stop:
+        sys.stdout.write(f"{stop.code} {sum(measured)}\n")  # at once: both write here
 
 
 def work(rank, given):
     """One of two processes that `mp.spawn` starts; the first is slow to save."""
-    save = gpt2.save_checkpoint
 
-    def slow(path, checkpoint):
+    def wait():
         time.sleep(0.5)  # the other one has time to leave, which it must not
         assert not os.path.exists("left")
-        save(path, checkpoint)
 
-    gpt2.save_checkpoint = slow
+    gpt2.save_checkpoint = at_call(1, wait, gpt2.save_checkpoint)
     meet = "file://" + os.path.abspath("meet")
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     take(given, out="run")
@@ -1560,10 +1559,10 @@ class TestRuns:
         dropped = SMALL | {"data": str(text), "dropout_rate": 0.5, "schedule_steps": 4}
         dropped |= {"batch_size": 1, "precision": "fp32", "warmup_steps": 0}
         plain = config | {"dropout_rate": 0.0}
-        script = write(tmp_path / "two.py", TWO_PROCESSES)
+        given = words(plain | {"batch_size": 1, "grad_accumulation": 3})
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node=2", script, HERE, json.dumps(dropped)]
-        command += words(plain | {"batch_size": 1, "grad_accumulation": 3})
+        command += ["--nproc_per_node=2", "--no-python"]
+        command += calling(work_of_torchrun, json.dumps(dropped), *given)
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 
@@ -2449,23 +2448,17 @@ def in_terminal(given, columns=80, keys=b"", until=b"", more=""):
     return process.returncode, screen.decode().replace("\r\n", "\n")
 
 
-# Step 2 takes hours, in a function that is not Python, and two signals come.
-SLOW_STEP = """
-import contextlib
-import hashlib, os, signal, sys, threading
-sys.path.insert(0, sys.argv.pop(1))
-import gpt2
+def train_and_hang(*given):
+    """Train; step 2 takes hours, in a function that is not Python, and two signals come."""
 
-def slow(step, *rest):
-    if step == 1:
-        return 0.1
-    for seconds in (0.5, 0.6, 2.5):  # a request that comes twice at once is one
-        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
+    def hang():
+        for seconds in (0.5, 0.6, 2.5):  # a request that comes twice at once is one
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(2, write, ("waited", "")).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
 
-gpt2.learning_rate_at = slow
-gpt2.main()
-"""
+    before_step(pytest.MonkeyPatch(), 2, hang)
+    gpt2.main(["train", *given])
 
 
 # Command lines, each with what its error names.
@@ -2604,8 +2597,7 @@ class TestCommandLine:
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
     def test_a_signal_saves_and_says_what_next(self, cli, config, whole, monkeypatch, name, status):
         number, folder = getattr(signal, name), Path("the run")
-        strike = at_call(3, lambda: signal.raise_signal(number), gpt2.learning_rate_at)
-        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        before_step(monkeypatch, 3, lambda: signal.raise_signal(number))
         given = config | {"checkpoint_every": 99, "eval_every": 99}
         result = cli("train", *words(given), "--out", folder)
         assert result.code == status and "once more" in result.err
@@ -2615,28 +2607,23 @@ class TestCommandLine:
         assert same(load(folder / "last.pt")["model"], load(whole / "last.pt")["model"])
 
     def test_a_signal_in_the_very_last_step_ends_a_finished_run(self, cli, config, monkeypatch):
-        strike = at_call(3, lambda: signal.raise_signal(signal.SIGTERM), gpt2.learning_rate_at)
-        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        before_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         result = cli("train", *words(config | {"max_steps": 3}))
         assert result.code == 0 and load("checkpoints/last.pt")["step"] == 3
         assert "--resume" not in result.err and pasted(result, "generate")
         assert "step 3 was not measured" in result.err
 
     def test_a_second_signal_does_not_wait_for_the_step(self, config, tmp_path):
-        script = write(tmp_path / "slow.py", SLOW_STEP)
-        given = [*words(config), "--checkpoint_every=1", "--out", tmp_path / "run"]
-        command = [sys.executable, script, HERE, "train", *given]
-        started = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 130 and time.monotonic() - started > 2.5
+        command = calling(train_and_hang, *words(config), "--checkpoint_every=1", "--out=run")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 130 and (tmp_path / "waited").exists()
         assert done.stderr.count("once more") == 1
         assert load(tmp_path / "run/last.pt")["step"] == 1
 
     def test_a_run_of_torchrun_goes_on_with_torchrun(self, cli, config, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-        strike = at_call(2, lambda: signal.raise_signal(signal.SIGINT), gpt2.learning_rate_at)
-        monkeypatch.setattr(gpt2, "learning_rate_at", strike)
+        before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
         last = cli("train", *words(config)).err.splitlines()[-1]
         assert "torchrun --standalone --nproc_per_node=2 gpt2.py train --resume" in last
 
