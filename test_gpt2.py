@@ -607,6 +607,7 @@ class TestConfig:
 # ---- Helpers of training and runs ----
 
 STEPS = 16  # of the runs that `config` describes: two epochs of 8, in whose last is one window
+FP16 = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1, "eval_every": 99}
 
 
 # Another value of these keys makes another run: resuming refuses it.
@@ -1189,9 +1190,9 @@ def records_in(path):
     return list(gpt2.read_records(path))
 
 
-def measured(cli, data, model):
+def measured(cli, data, model, *given):
     """What `eval --json` says."""
-    return json.loads(cli("eval", "--data", data, "--model", model, "--json").out)
+    return json.loads(cli("eval", "--data", data, "--model", model, "--json", *given).out)
 
 
 @torch.no_grad()
@@ -1308,11 +1309,7 @@ class TestDataFiles:
             ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 1}\n', "answer.*1"),
             ("a.jsonl", '{"prompt": "a", "choices": "bc", "answer": 0}\n', "choices"),
             ("a.jsonl", '{"prompt": "a", "choices": ["", "b"], "answer": 1}\n', "choices"),
-            (
-                "a.jsonl",
-                '{"prompt": "a", "completion": "<|endoftext|>", "end": false}\n',
-                "line 1.*predict",
-            ),
+            ("a.csv", "prompt,completion,end\na,<|endoftext|>,false\n", "line 2.*predict"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
             ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
             ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
@@ -1515,8 +1512,7 @@ class TestRuns:
 
     def test_fp16_loses_no_small_gradients_and_skips_steps_that_overflow(self, config, tmp_path):
         """On the CPU, too. Without scaling of the loss, most gradients would be 0."""
-        given = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1, "eval_every": 99}
-        next(gpt2.train(config | given | {"checkpoint_every": 1}, out=tmp_path))
+        next(gpt2.train(config | FP16 | {"checkpoint_every": 1}, out=tmp_path))
         state = load(tmp_path / "last.pt")
         moments = [state["exp_avg"].flatten() for state in state["optimizer"]["state"].values()]
         assert (torch.cat(moments) != 0).float().mean() > 0.95
@@ -1534,15 +1530,14 @@ class TestRuns:
 
     @cases("spoil", SPOILS)
     def test_a_run_in_fp16_that_only_skips_steps_ends_with_an_error(self, config, tmp_path, spoil):
-        given = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1}
-        run = gpt2.train(config | given | {"eval_every": 99, "checkpoint_every": 99}, out=tmp_path)
+        run = gpt2.train(config | FP16 | {"checkpoint_every": 99}, out=tmp_path)
         SPOILS[spoil](next(run)["model"].final_norm)
         refused("learning_rate", lambda: list(run), FloatingPointError)
         assert 10 < len(metrics_of(tmp_path)) < 40
 
     def test_rows_are_json_and_a_picture_also_where_a_loss_is_no_number(self, config, tmp_path):
-        given = {"precision": "fp16", "batch_size": 1, "eval_every": 1, "max_steps": 1}
-        take(config | given, out=tmp_path, init=lively(SMALL, scale=300))
+        given = config | FP16 | {"eval_every": 1, "max_steps": 1}
+        take(given, out=tmp_path, init=lively(SMALL, scale=300))
         text = (tmp_path / "metrics.jsonl").read_text("utf-8")
         json.loads(text, parse_constant=raising(AssertionError(text)))
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -2030,16 +2025,18 @@ class TestPretrained:
         assert read_json_of(exported) == said | {"tie_word_embeddings": True}
         assert same(openai_weights(read(exported)), weights)
         assert read(exported).config == TINY | {"dropout_rate": 0.2}
+        assert sorted(os.listdir(exported)) == ["config.json", "model.safetensors"]  # no tokenizer
 
-    def test_an_export_says_where_texts_end_and_how_long_they_are(self, tmp_path):
-        lively(SMALL).save_pretrained(tmp_path / "new")
-        names = "config.json generation_config.json merges.txt model.safetensors"
-        names += " tokenizer_config.json vocab.json"
-        assert sorted(os.listdir(tmp_path / "new")) == names.split()
+    def test_an_export_says_where_texts_end_and_cuts_a_padded_vocabulary(self, tmp_path):
+        padded, new = lively(SMALL | {"vocab_size": 50304}), tmp_path / "new"
+        padded.save_pretrained(new)
+        weight = read_tensors(new / "model.safetensors")["wte.weight"]
+        assert torch.equal(weight, padded.token_embedding.weight[:50257])
+        assert read(new).config == SMALL
         ends = {"bos_token_id": END, "eos_token_id": END}
-        assert read_json_of(tmp_path / "new").items() >= ends.items()
-        assert read_json_of(tmp_path / "new", "generation_config.json") == ends
-        tokens = read_json_of(tmp_path / "new", "tokenizer_config.json")
+        assert read_json_of(new).items() >= ends.items()
+        assert read_json_of(new, "generation_config.json") == ends
+        tokens = read_json_of(new, "tokenizer_config.json")
         assert tokens["model_max_length"] == 8 and tokens["tokenizer_class"] == "GPT2Tokenizer"
         assert {tokens[key] for key in ("bos_token", "eos_token", "unk_token")} == {"<|endoftext|>"}
 
@@ -2052,14 +2049,8 @@ class TestPretrained:
         expected = reference_logits(weights, said["n_head"], ids[0])
         assert torch.allclose(model(ids)[0].double(), expected, atol=1e-4)
         assert {name: sha256(new / name) for name in VOCABULARY} == VOCABULARY
-
-    def test_other_vocabularies_are_cut_or_go_without_tokenizer(self, tmp_path, exported):
-        padded = lively(SMALL | {"vocab_size": 50304})
-        padded.save_pretrained(tmp_path / "new")
-        tensors = read_tensors(tmp_path / "new" / "model.safetensors")
-        assert torch.equal(tensors["wte.weight"], padded.token_embedding.weight[:50257])
-        assert read(tmp_path / "new").config == SMALL and (tmp_path / "new/vocab.json").exists()
-        assert sorted(os.listdir(exported)) == ["config.json", "model.safetensors"]
+        others = {"config.json", "generation_config.json", "tokenizer_config.json"}
+        assert set(os.listdir(new)) == {"model.safetensors", *others, *VOCABULARY}
 
     def test_a_model_whose_parts_were_changed_is_not_exported(self, tmp_path):
         model = lively(SMALL)
@@ -2392,6 +2383,12 @@ def at_shelf(shelf, cli, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def written(at_shelf):
+    """`generate` with the model good.pt and these words: 9 tokens, of which it sees 8 at once."""
+    return lambda *given: at_shelf("generate", "--model=good.pt", "--max_tokens=9", *given)
+
+
+@pytest.fixture
 def say(cli):
     """What `generate` prints for these words, from a model that says what it is told to.
 
@@ -2667,24 +2664,20 @@ class TestCommandLine:
             assert done.returncode == 0 and done.stdout.endswith(learnt), done.stderr
             assert "1.0000" in re.search("accuracy.*|$", done.stdout)[0] or data == "tell.json"
 
-    def test_generate_continues_the_prompt_as_the_model_does(self, at_shelf, tokenizer):
-        def text(*given):
-            result = at_shelf("generate", "--model", "good.pt", "--max_tokens", 12, *given)
-            assert result.code == 0 and "12 tokens" in result.err and "tokens/s" in result.err
-            return result.out
-
+    def test_generate_continues_the_prompt_as_the_model_does(self, written, tokenizer):
         def expected(prompt):
-            ids = gpt2.generate(read("good.pt"), gpt2.text_to_token_ids(prompt, tokenizer), 12)
+            ids = gpt2.generate(read("good.pt"), gpt2.text_to_token_ids(prompt, tokenizer), 9)
             return gpt2.token_ids_to_text(ids, tokenizer) + "\n"
 
-        assert text("Once upon") == text("Once", "upon") == expected("Once upon")
-        assert text() == expected("I HAD always thought")
-        assert text("One<|endoftext|>Two") == expected("One<|endoftext|>Two")
-        assert text("") == expected("<|endoftext|>").removeprefix("<|endoftext|>")
-        assert text("--", "--up-to-date") == expected("--up-to-date")
+        assert written("Once upon").out == written("Once", "upon").out == expected("Once upon")
+        assert written().out == expected("I HAD always thought")
+        assert written("One<|endoftext|>Two").out == expected("One<|endoftext|>Two")
+        assert written("").out == expected("<|endoftext|>").removeprefix("<|endoftext|>")
+        assert written("--", "--up-to-date").out == expected("--up-to-date")
+        assert re.search(r"^9 tokens in .* tokens/s$", written("Once").err, re.MULTILINE)
 
-    def test_a_prompt_that_would_kill_the_tokenizer_is_refused(self, at_shelf):
-        assert at_shelf("generate", "a" + " " * 10**6, "--model", "good.pt").code == 2
+    def test_a_prompt_that_would_kill_the_tokenizer_is_refused(self, written):
+        assert written("a" + " " * 10**6).code == 2
 
     def test_pipes_are_utf_8_whatever_the_locale_says(self, shelf):
         environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
@@ -2694,13 +2687,12 @@ class TestCommandLine:
 
     @cases("given", [[], ["-"]])
     @cases("sent", ["  Once\nup \n", "### Response:\n", "a\n\n"])
-    def test_a_piped_prompt_keeps_its_blanks(self, at_shelf, monkeypatch, tmp_path, given, sent):
+    def test_a_piped_prompt_keeps_its_blanks(self, written, monkeypatch, tmp_path, given, sent):
         """A shell ends what it pipes with a line end; an instruction's frame has one of its own."""
         asked = sent if "Response" in sent else sent[:-1]
-        common = ["--model", "good.pt", "--max_tokens", 3, "--json"]
         with write(tmp_path / "sent.txt", sent).open() as pipe:
             monkeypatch.setattr(sys, "stdin", pipe)
-            rows = [at_shelf("generate", *words, *common).out for words in (given, [asked])]
+            rows = [written(*words, "--json").out for words in (given, [asked])]
         piped, typed = map(json.loads, rows)
         assert (piped["prompt"], piped["text"]) == (asked, typed["text"])
 
@@ -2755,21 +2747,19 @@ class TestCommandLine:
         said = say(["Tea", ".", "<|endoftext|>"], "Choose.", "--instruct", *given, after=after)
         assert said == "Tea.\n"
 
-    def test_a_drawn_seed_is_said_and_gives_the_texts_again(self, at_shelf):
-        common = ["generate", "Once", "--model", "good.pt", "--max_tokens", 9, "--do_sample"]
-        common += ["--num_samples", 2, "--only_new"]
-        results = [at_shelf(*common) for _ in range(3)]
+    def test_a_drawn_seed_is_said_and_gives_the_texts_again(self, written):
+        common = ["Once", "--do_sample", "--num_samples=2", "--only_new"]
+        results = [written(*common) for _ in range(3)]
         texts = [text for result in results for text in re.split("--- sample .*", result.out)[1:]]
         assert len(set(texts)) == 6
         for result in results:
             (line,) = (line for line in result.err.splitlines() if line.startswith("seed"))
-            assert at_shelf(*common, "--seed", line.split()[-1]).out == result.out
-        assert "seed" not in at_shelf(*common, "--temperature", 0).err
+            assert written(*common, "--seed", line.split()[-1]).out == result.out
+        assert "seed" not in written(*common, "--temperature", 0).err
 
-    def test_a_sampling_option_implies_drawing(self, at_shelf):
+    def test_a_sampling_option_implies_drawing(self, written):
         def text(options):
-            common = ["Once", "--model", "good.pt", "--max_tokens", 9, "--seed", 3]
-            return at_shelf("generate", *common, *options.split()).out
+            return written("Once", "--seed=3", *options.split()).out
 
         greedy, drawn = text(""), text("--do_sample")
         for options in ("--temperature 1", "--top_k 60000", "--top_p 1"):
@@ -2777,12 +2767,10 @@ class TestCommandLine:
         for options in ("--temperature 0", "--top_k 1", "--top_p 1e-9", "--do_sample --top-k 1"):
             assert text(options) == greedy
 
-    def test_what_a_person_may_not_expect_is_noted(self, at_shelf):
+    def test_what_a_person_may_not_expect_is_noted(self, written):
         def notes(*given):
-            result = at_shelf("generate", *given, "--model", "good.pt", "--max_tokens", 1)
-            assert result.code == 0
-            noted = ("of 9 tokens", "the prompt ends", "--do_sample")  # of which only 8 are seen, …
-            return [text for text in noted if text in result.err]
+            noted = ("of 9 tokens", "the prompt ends", "--do_sample", "error")  # only 8 are seen, …
+            return [text for text in noted if text in written(*given).err]
 
         assert notes(" one" * 8) == notes("Once", "--num_samples", 2, "--do_sample") == []
         assert notes(" one" * 9) == ["of 9 tokens"]
@@ -2841,34 +2829,25 @@ class TestCommandLine:
         assert gpt2.main(["train", *words(config | {"max_steps": 1})]) == 0
 
     def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config, whole):
-        copied = shutil.copy(whole / "last.pt", "m.ckpt")  # a checkpoint, whatever its name
-
-        def report(data, *given, model=copied):
-            result = cli("eval", "--model", model, "--json", "--data", data, *given)
-            assert result.code == 0, result.err
-            return json.loads(result.out)
-
-        held_back = report(shutil.copy(config["data"], "copy.txt"), "--stride", 8)  # by its bytes
+        model = shutil.copy(whole / "last.pt", "m.ckpt")  # a checkpoint, whatever its name
+        data = shutil.copy(config["data"], "copy.txt")  # which is known by its bytes
+        held_back = measured(cli, data, model, "--stride", 8)
         assert held_back["tokens"] == 19
         assert held_back["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
-        assert report(config["data"], "--all")["tokens"] == 191
-        other = str(write("other.txt", VERDICT[:800]))
-        assert report(other)["tokens"] > 172
+        assert measured(cli, data, model, "--all")["tokens"] == 191
+        other = write("other.txt", VERDICT[:800])
+        assert measured(cli, other, model)["tokens"] > 172
 
         take(config | {"max_steps": 1, "val_data": other}, out="run")  # which holds nothing back
-        assert report(config["data"], model="run")["tokens"] == 191
+        assert measured(cli, config["data"], "run")["tokens"] == 191
 
     def test_eval_and_generate_take_folders_as_models(self, cli, config, whole):
-        def report(model):
-            text = cli("generate", "--model", model, "--max_tokens", 5).out
-            result = cli("eval", "--all", "--model", model, "--json", "--data", config["data"])
-            return json.loads(result.out)["loss"], text
-
-        best = report(whole / "best.pt")
         result = cli("export", "new/folder", "--model", whole)
         assert (result.code, result.out) == (0, "") and re.search(r"\b8 tokens", result.err)
-        assert report(whole) == best
-        assert report("new/folder") == (approx(best[0], rel=1e-6), best[1])
+        models = (whole / "best.pt", whole, "new/folder")
+        texts = {cli("generate", "--model", model, "--max_tokens", 5).out for model in models}
+        losses = [measured(cli, config["data"], model, "--all")["loss"] for model in models]
+        assert len(texts) == 1 and losses[0] == losses[1] == approx(losses[2], rel=1e-6)
 
     def test_info_says_what_a_model_is(self, cli, config, whole):
         best = load(whole / "best.pt")
