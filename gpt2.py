@@ -395,8 +395,7 @@ class GPTDataset(torch.utils.data.Dataset):
         return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]  # IndexError after the last
         # The first and the last window are pushed inside the text, where an offset moved them out.
         start = min(max(0, index * self.stride - self.offset), self.last_start)
         window = self.token_ids[start : start + self.context_length + 1].long()  # (T + 1,)
@@ -469,25 +468,24 @@ def mix_seeds(*numbers: int) -> int:
     return mixed
 
 
-def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
+def learning_rate_at(step: int, config: dict, schedule_steps: int) -> float:
     """The rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
     highest = config["learning_rate"]
     lowest = min(config["min_learning_rate"], highest)
-    warmup_steps = min(config["warmup_steps"], total_steps // 4)
+    warmup_steps = min(config["warmup_steps"], schedule_steps // 4)
     # AdamW knows nothing of the gradients' sizes yet, so the first steps must be small.
     if step <= warmup_steps:
         return highest * step / warmup_steps
 
     # Large steps find the valley, small ones its bottom.
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to 1
+    progress = (step - warmup_steps) / (schedule_steps - warmup_steps)  # 0 to 1
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
     # Weight decay shrinks each weight a little at every step, so that only what the loss asks for
-    # stays. A norm's scale near 0 would switch a value
-    # off, and biases are few: both are left out.
+    # stays. A norm's scale near 0 would switch a value off, and biases are few: both are left out.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
@@ -502,32 +500,41 @@ def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
 
 # Every step of an epoch asks for the same order: keep the last one.
 @functools.lru_cache(maxsize=1)
-def order_of_epoch(n_items: int, seed: int) -> Tensor:
-    """The random order in which an epoch takes its items: a permutation of 0 … n_items - 1."""
+def random_order(n_items: int, seed: int) -> Tensor:
+    """A permutation of 0 … n_items - 1."""
     return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))
 
 
+def item_at(place: int, n_items: int, seed: int) -> int:
+    """Which item an epoch takes at this place: at random, and each once.
+
+    Above 16 million, items are shuffled in parts of so many: the order of 10⁹ would fill 8 GB.
+    """
+    first = place - place % 2**24  # of this part
+    order = random_order(min(2**24, n_items - first), seed + first)
+    return first + int(order[place - first])
+
+
 def batches_of_step(
-    train_set: Any, step: int, config: dict, rank: int = 0, world: int = 1
+    corpus: "Corpus", step: int, config: dict, rank: int = 0, world: int = 1
 ) -> list[Batch]:
     """The batches (x (B, T), y (B, T)) of step 1, 2, …, as far as they fall to process `rank`.
 
     `world` is the number of processes, `rank` the number of this one: 0 of 1 on most machines.
     They follow from the step alone, not from the steps before: so a resumed run needs no memory
-    of what it has read. `train_set.for_epoch(seed)` is the set as one epoch sees it; all epochs
+    of what it has read. `corpus.for_epoch(seed)` is the set as one epoch sees it; all epochs
     have the same number of items.
     """
     # Of all processes together: eight of them take in one step the items that one process takes
     # with eight times the grad_accumulation.
     per_step = config["batch_size"] * config["grad_accumulation"] * world
-    epoch, position = divmod(step - 1, math.ceil(len(train_set.for_epoch(0)) / per_step))
+    epoch, position = divmod(step - 1, math.ceil(len(corpus.for_epoch(0)) / per_step))
     seed = mix_seeds(config["seed"], epoch)
-    items = train_set.for_epoch(seed)  # windows are cut elsewhere in each epoch
+    items = corpus.for_epoch(seed)  # windows are cut elsewhere in each epoch
 
     # The share of this step, and of it every `world`-th item, beginning with the rank.
-    order = order_of_epoch(len(items), seed)
-    share = order[position * per_step : (position + 1) * per_step][rank::world]
-    chosen = [items[i] for i in share.tolist()]
+    places = range(position * per_step, min((position + 1) * per_step, len(items)))[rank::world]
+    chosen = [items[item_at(place, len(items), seed)] for place in places]
     # The last step of an epoch can have fewer items than there are processes. One that gets none
     # computes a batch that counts nothing, as the others wait for its gradients.
     if not chosen:
@@ -559,16 +566,9 @@ def train_step(
     """One optimizer step on all batches -> (loss in nats per token, length of the gradient).
 
     Batches are (x (B, T), y (B, T)). Their gradients add up before the optimizer steps once: it
-    is the step of one big batch, in the memory of a small one. In one process, in float32, it is
-
-        for x, y in batches:
-            loss = summed_loss(network(x), y) / n_targets
-            loss.backward()                                  # adds to the gradients
-        norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip or math.inf)
-        optimizer.step()                                     # moves the weights
-        optimizer.zero_grad()                                # or the next step would add to these
-
-    and `machine` does the same for several processes and in half precision.
+    is the step of one big batch, in the memory of a small one. In one process and in float32,
+    `machine.sum(value)` is `float(value)`, `machine.backward(loss)` is `loss.backward()`, and
+    `machine.step(optimizer)` is `optimizer.step()`.
     """
     # How many targets the whole step has, in all batches of all processes.
     n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
@@ -580,12 +580,15 @@ def train_step(
 
         # Divided by the targets of the whole step, not of this batch, whose share may be smaller.
         loss = summed_loss(logits, y) / n_targets
-        machine.backward(loss)
+        machine.backward(loss)  # adds to the gradients
         total += loss.detach()
 
-    # Until here nothing was read from the device, so it was never waited for.
-    mean_loss = machine.sum(total)
-    return mean_loss, machine.clip_and_step(optimizer, mean_loss, grad_clip)
+    # One bad batch can have a gradient a hundred times as long as others: shortened, it does no
+    # more harm than they do.
+    norm = machine.clip_gradients(optimizer, grad_clip)
+    machine.step(optimizer)  # moves the weights against the gradients
+    optimizer.zero_grad()  # or the next step would add to these
+    return machine.sum(total), norm
 
 
 @contextlib.contextmanager
@@ -645,7 +648,7 @@ def train(
         config, model, machine = run.config, run.model, run.machine
 
         for step in run.steps():
-            learning_rate = learning_rate_at(step, config, run.total_steps)
+            learning_rate = learning_rate_at(step, config, run.schedule_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
 
@@ -659,7 +662,7 @@ def train(
 
             # What is due after this step. best.pt is written after each lowest measurement.
             evaluate_now = run.val_set is not None and run.is_due("eval_every")
-            sample_now = run.is_due("eval_every") or step == run.last_step
+            sample_now = run.is_due("eval_every") or step == run.total_steps
             save_now = run.is_due("checkpoint_every")
 
             if evaluate_now:
@@ -672,11 +675,8 @@ def train(
             if save_now:
                 run.save()
 
-            # max_steps may end a run before run.total_steps, the end of the schedule.
-            extra = {"model": model, "total_steps": run.last_step}
-            if sample_now:
-                extra["sample"] = run.sample()
-            yield row | extra
+            sample = {"sample": run.sample()} if sample_now else {}
+            yield row | sample | {"model": model, "total_steps": run.total_steps}
 
 
 # ---- 7. Generation: logits become probabilities, these a token, and that the next input ----
@@ -786,9 +786,8 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     smallest is where p / waiting is largest. `torch.multinomial` draws from the same distribution,
     and waits for the device twice.
     """
-    device = generator.device if generator else probabilities.device
-    waiting = torch.empty(probabilities.shape, device=device).exponential_(generator=generator)
-    return (probabilities / waiting.to(probabilities.device)).argmax(dim=-1, keepdim=True)
+    waiting = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waiting).argmax(dim=-1, keepdim=True)
 
 
 def generate(
@@ -890,7 +889,7 @@ import time
 import warnings
 from array import array
 from datetime import timedelta
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn, Protocol
 
 import torch.distributed as dist
 from tiktoken.load import read_file_cached
@@ -1258,8 +1257,31 @@ def read_data(data: str, folder: Path | None = None) -> Tensor | list[Example]:
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint16)
 
 
-# A data set says itself which items an epoch takes, which items score each token once, what a
-# sample continues, and what `eval` reports beside the loss.
+class Corpus(Protocol):
+    """What training and measuring ask of a data set, of whatever it is made.
+
+    An item is (x (T,), y (T,)), and y is -100 where a target does not count.
+    """
+
+    context_length: int
+
+    def for_epoch(self, seed: int) -> "GPTDataset | CompletionDataset":
+        """The items of one epoch; each epoch has the same number."""
+
+    def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Items in which each token is once a target that counts; windows may overlap."""
+
+    def sample_prompt(self) -> list[int]:
+        """The tokens that samples continue, where no other prompt was given."""
+
+    def size(self) -> str:
+        """How much it holds, for a person."""
+
+    def labels(self) -> list[str]:
+        """The classes, if it is a classification."""
+
+    def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
+        """What `eval` reports beside the loss."""
 
 
 class TextDataset(GPTDataset):
@@ -1406,7 +1428,9 @@ def decoded(ids: Tensor) -> bytes:
     return b"".join(map(tokenizer.decode_bytes, known))
 
 
-def scoring_batches(dataset: Any, stride: int | None = None, tokens: int = 1024) -> Iterator[Batch]:
+def scoring_batches(
+    dataset: Corpus, stride: int | None = None, tokens: int = 1024
+) -> Iterator[Batch]:
     """Batches (x (B, T), y (B, T)) for `evaluate`, of about so many tokens, each scored once."""
     items = dataset.scoring_items(stride)
     done = 0
@@ -1461,7 +1485,7 @@ def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
     return right / len(dataset)
 
 
-def evaluation_set(data: Tensor | list[Example], context_length: int, name: str) -> Any:
+def evaluation_set(data: Tensor | list[Example], context_length: int, name: str) -> Corpus:
     """A data set to score; a text shorter than the context is one window."""
     if isinstance(data, list):
         return CompletionDataset(data, context_length)
@@ -1470,7 +1494,7 @@ def evaluation_set(data: Tensor | list[Example], context_length: int, name: str)
     return TextDataset(data, min(context_length, len(data) - 1))
 
 
-def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
+def load_data(config: dict, folder: Path | None = None) -> tuple[Corpus, Corpus | None]:
     """The data sets of a config, to train on and to validate on (or None). For `folder`, see
     read_data. ValueError, also BadFile, if the data cannot be used or leaves nothing to train on.
     """
@@ -1480,7 +1504,7 @@ def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
     # Examples are held back at random, since their files may be sorted. Of a text it is the end:
     # windows picked at random would share tokens with those that are trained on.
     if isinstance(data, list):
-        order = order_of_epoch(len(data), mix_seeds(config["seed"], 0))
+        order = random_order(len(data), mix_seeds(config["seed"], 0))
         data = [data[i] for i in order.tolist()]
     else:
         n_val = min(n_val, config["max_val_tokens"])
@@ -1488,7 +1512,7 @@ def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
     n_train = len(data) - n_val
     if n_train == 0:
         raise ValueError(f"{name} leaves nothing to train on: lower val_fraction")
-    train_set: Any
+    train_set: Corpus
     if isinstance(data, list):
         train_set = CompletionDataset(data[:n_train], context)
     else:
@@ -1648,13 +1672,11 @@ class Machine:
         """Add the gradients of a loss. DDP takes the mean over processes; a sum is wanted."""
         self.scaler.scale(loss * self.world).backward()
 
-    def clip_and_step(
-        self, optimizer: torch.optim.Optimizer, loss: float, grad_clip: float
-    ) -> float:
-        """Clip the gradient, let the optimizer step, and return the gradient's length.
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
+        """Shorten the gradient to `grad_clip`, and return the length that it had.
 
-        FloatingPointError where loss or gradient is not finite; with a scaler, which then skips
-        the step and scales less, only after many such steps in a row.
+        FloatingPointError if that is not finite, as with a loss that is not; with a scaler, which
+        then skips the step and scales less, only after many such steps in a row.
         """
         # The length of the gradient means something only without the scaler's factor.
         self.scaler.unscale_(optimizer)
@@ -1663,15 +1685,16 @@ class Machine:
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
 
         # One overflow is an accident that the scaler mends; many are a learning rate too high.
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.skipped = 0 if finite else self.skipped + 1
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
-            problem = f"the loss became {loss}, the gradient's length {norm}"
-            raise FloatingPointError(f"{problem}: begin again with a lower learning_rate")
+            problem = f"loss or gradient overflowed: the gradient's length is {norm}"
+            raise FloatingPointError(f"{problem}; begin again with a lower learning_rate")
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer step, unless the scaler has found an overflow."""
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad()
-        return norm
 
     @staticmethod
     def sum(value: float | Tensor) -> float:
@@ -1778,8 +1801,8 @@ class Run:
     metrics: IO[bytes] | None  # metrics.jsonl, open and locked, in the first process
     machine: Machine
     model: GPT2
-    train_set: Any
-    val_set: Any
+    train_set: Corpus
+    val_set: Any  # a Corpus, or None
     data_sha256: str
 
     step: int = 0
@@ -1800,16 +1823,16 @@ class Run:
         self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
         self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
         of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
-        self.total_steps = config["schedule_steps"] or of_epochs
-        self.last_step = min(self.total_steps, config["max_steps"] or self.total_steps)
+        self.schedule_steps = config["schedule_steps"] or of_epochs
+        self.total_steps = min(self.schedule_steps, config["max_steps"] or self.schedule_steps)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to come, until the last, or until patience ends."""
-        log.info(f"run       from step {self.step + 1} to {self.last_step}")
+        log.info(f"run       from step {self.step + 1} to {self.total_steps}")
         if self.config["compile"]:
             log.info("compile   the first steps take a minute")
         progress.info("computing the first step")
-        while self.step < self.last_step:
+        while self.step < self.total_steps:
             # The mean, so that all stop together: after a failed save, the first counts otherwise.
             patience = self.config["patience"]
             if patience and self.machine.sum(self.stale) >= patience * self.machine.world:
@@ -1821,11 +1844,11 @@ class Run:
     def is_due(self, key: str) -> bool:
         """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
         # 0 means: once an epoch, but ten times a run at least, and fifty at most.
-        often = min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
-        often = self.config[key] or max(often, self.total_steps // 50)
+        often = min(self.steps_per_epoch, math.ceil(self.schedule_steps / 10))
+        often = self.config[key] or max(often, self.schedule_steps // 50)
         # A step of a large model takes minutes: nobody is to lose more than ten of them.
         late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
-        on_time = self.step % often == 0 or self.step == self.total_steps
+        on_time = self.step % often == 0 or self.step == self.schedule_steps
         return on_time or (late and key == "checkpoint_every")
 
     def count_step(
@@ -2075,7 +2098,7 @@ def new_config(given: dict, source: GPT2 | None) -> dict:
     return check_config(config)
 
 
-def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> None:
+def announce(config: dict, machine: Machine, train_set: Corpus, val_set: Corpus | None) -> None:
     """Say what is coming before it takes time and memory; warn where memory is short."""
     held_back = val_set.size() if val_set else "nothing"
     log.info(f"data      {config['data']}: train on {train_set.size()}, validate on {held_back}")
@@ -2149,13 +2172,13 @@ def restore(run: Run, checkpoint: dict) -> None:
         setattr(run, key, checkpoint[key])
     run.saved_best = (run.best_val_loss, run.best_step)
 
-    state = f"the run in {run.folder} is at step {run.step} of {run.total_steps}"
+    state = f"the run in {run.folder} is at step {run.step} of {run.schedule_steps}"
     command = f"{resume_command(str(run.folder))} --max_steps 0"
-    if run.step >= run.total_steps:
+    if run.step >= run.schedule_steps:
         key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
         longer = f"{command} --{key} {2 * run.config[key]}"
         raise ValueError(f"{state}, finished: longer, with the schedule of that, with {longer}")
-    if run.step >= run.last_step:
+    if run.step >= run.total_steps:
         raise ValueError(f"{state}, beyond max_steps: to its end with {command}")
     if 0 < run.config["patience"] <= run.stale:
         raise ValueError(f"{state}, where patience ended: to its end with {command} --patience 0")
@@ -2175,7 +2198,7 @@ def restore(run: Run, checkpoint: dict) -> None:
     if run.metrics:
         cut_metrics(run.metrics, run.step)
     run.saved_step = run.step
-    log.info(f"resume    after step {run.step} of {run.last_step}")
+    log.info(f"resume    after step {run.step} of {run.total_steps}")
 
 
 def start_run(
@@ -2957,9 +2980,10 @@ def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
 
     if isinstance(first, Example):
         # What `eval` would say of this model, with the settings of the run.
-        changed = {"model": str(model), "stride": 0, "all": False, "json": False}
-        changed["data"] = state["config"]["val_data"] or state["config"]["data"]
-        run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
+        config = state["config"]
+        machine = ["--device", config["device"], "--precision", config["precision"]]
+        data = config["val_data"] or config["data"]
+        run_eval(parse(["eval", "--model", str(model), "--data", data, *machine]))
 
         # The first prompt is a good one to try. --instruct puts an instruction into its layout
         # again; `--` lets a prompt begin with a dash.
@@ -3173,7 +3197,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     log.info(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s")
 
 
-def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any, list[str]]:
+def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Corpus, list[str]]:
     """The data set that `eval` measures, and the labels that the model was trained on.
 
     Of the file that a checkpoint was trained on, it is the part that was held back.
