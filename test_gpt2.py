@@ -960,8 +960,9 @@ class TestTraining:
         """It learns another text, and so forgets the one that it is measured on."""
         other = write(tmp_path / "other.txt", "Blue, green! " * 40)
         given = config | {"data": str(other), "val_data": config["data"], "max_steps": 3}
-        given |= {"learning_rate": 0.3, "warmup_steps": 0, "eval_every": 1}
-        begun = gpt2.train(given | {"checkpoint_every": 9}, out=tmp_path / "begun", init=whole)
+        given |= {"learning_rate": 3.0, "warmup_steps": 0, "eval_every": 1}
+        seldom = {"checkpoint_every": 9, "eval_every": 9}
+        begun = gpt2.train(given | seldom, out=tmp_path / "begun", init=whole)
         assert next(begun)["step"] == 1
         assert load(tmp_path / "begun" / "last.pt")["step"] == 0  # if it dies now, it can go on
         run = gpt2.train(given, out=tmp_path / "run", init=whole)
@@ -1931,7 +1932,7 @@ WRONG_CONFIG |= {"tie_word_embeddings": False, "n_embd": "wide", "n_head": 5, "n
 
 
 OTHER_WEIGHTS = {  # what is said of them, and what is other than in GPT-2
-    "score head of 2 labels": {"score.weight": torch.ones(2, 12)},
+    "score.weight is a head of 2 labels": {"score.weight": torch.ones(2, 12)},
     "quantised": {"h.0.mlp.c_fc.weight": torch.ones(12, 48, dtype=torch.int8)},
     "untied": {"lm_head.weight": torch.ones(61, 12)},
     "extra": {"extra.weight": torch.ones(61, 12)},
