@@ -745,6 +745,7 @@ def next_token_probabilities(
         probabilities = next_token_probabilities(model(ids)[:, -1])
         best = probabilities.topk(5)  # .values and .indices, (B, 5) each
     """
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
