@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # not of GPT-2: Ctrl-C while PyTorch loads just ends the program
+if __name__ == "__main__":  # not part of GPT-2: lets Ctrl-C end the program while PyTorch loads
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -68,10 +68,9 @@ class SelfAttention(nn.Module):
         queries = self.query(x)  # (B, T, D)
         keys = self.key(x)  # (B, T, D)
 
-        # Of independent entries with mean 0 and variance 1, a sum of D products has variance D;
-        # divided by √D, it has 1, however wide the head. Larger scores would make softmax put
-        # nearly all weight on one key, and where a weight is nearly 0 or 1, its gradient is nearly
-        # 0: queries and keys would not learn.
+        # With independent entries of mean 0 and variance 1, a dot product of D of them has variance
+        # D. Divided by √D, it has variance 1 for any width. Larger scores push softmax towards 0
+        # and 1, where its gradient is nearly 0: queries and keys would stop learning.
         return queries @ keys.transpose(1, 2) / math.sqrt(keys.size(-1))  # (B, T, T)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -83,10 +82,10 @@ class SelfAttention(nn.Module):
 
 
 class CausalAttention(SelfAttention):
-    """One head that cannot see the future, where it could copy the token that it is to predict.
+    """One head that cannot see the future: there stands the token to predict, ready to be copied.
 
-    x (B, T, d_in) -> (B, T, d_out), T at most context_length. So each of the T tokens predicts the
-    one after it, all at once. The weights of T = 4 tokens, were all scores equal:
+    x (B, T, d_in) -> (B, T, d_out), T at most context_length. With the future hidden, all T tokens
+    can learn to predict their successors in one pass. For T = 4 and equal scores, the weights are
 
         1    0    0    0        the first token sees itself only
         1/2  1/2  0    0
@@ -110,13 +109,13 @@ class CausalAttention(SelfAttention):
         self.register_buffer("future", future, persistent=False)  # moves with the model
 
     def weights(self, x: Tensor) -> Tensor:
-        """The same without the future: what lies above the diagonal is 0."""
+        """As in SelfAttention, but 0 above the diagonal, and with dropout while training."""
         tokens = x.size(1)
 
         # softmax turns a score of -∞ into a weight of exactly 0.
         scores = self.scores(x).masked_fill(self.future[:tokens, :tokens], -math.inf)  # (B, T, T)
-        # No token is to rely on a single other one: while training, some weights become 0 and the
-        # others larger, so that rows sum to 1 on average.
+        # Dropout, so that no token relies on a single other one: in training, some weights become
+        # 0 and the others larger, so that rows still sum to 1 on average.
         return self.dropout(torch.softmax(scores, dim=-1))  # (B, T, T)
 
 
@@ -147,6 +146,7 @@ class MultiHeadAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Queries, keys or values of all heads (B, T, C) -> the same by head (B, H, T, D)."""
+        # Heads before tokens: @ then multiplies the (T, D) matrices of each head separately.
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
 
     def forward(self, x: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
@@ -158,7 +158,7 @@ class MultiHeadAttention(nn.Module):
 
         # The scores, the mask, softmax and the weighted sum of values: see the docstring.
         if cache is None:
-            # A function does not know, as the module nn.Dropout does, whether it is in training.
+            # Unlike nn.Dropout, a function does not know whether the model is training.
             dropout_rate = self.dropout.p if self.training else 0.0
             heads = F.scaled_dot_product_attention(
                 queries, keys, values, dropout_p=dropout_rate, is_causal=True
@@ -176,8 +176,8 @@ class MultiHeadAttention(nn.Module):
 class LayerNorm(nn.Module):
     """Each token's vector, brought to mean 0 and variance 1, then scaled and shifted as learnt.
 
-    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) The vectors to which blocks add (see
-    TransformerBlock) grow with every addition; normed, they are of the same size for every layer.
+    x (B, T, C) -> (B, T, C). (Ba et al., 2016.) Each block adds to these vectors (see
+    TransformerBlock), so they grow; normalised, every layer sees them at the same size.
     For reading: the model uses `nn.LayerNorm`, which computes the same in one kernel.
     """
 
@@ -244,14 +244,14 @@ class GPT2(nn.Module):
     """The language model (GPT-2 paper, section 2.3).
 
         token ids (B, T) -> token vector + position vector (B, T, C) -> L blocks -> norm
-        -> output head, not one of attention's: a score for each token to come next (B, T, V)
+        -> `head`, a linear layer (no head of attention): a score for each next token (B, T, V)
 
     It reads MODEL_KEYS of a config and ignores the rest. ValueError for an impossible config.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = check_config(config, MODEL_KEYS)
+        self.config = config = check_config(config, MODEL_KEYS)
         vocab_size, width = config["vocab_size"], config["emb_dim"]
 
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -261,8 +261,8 @@ class GPT2(nn.Module):
         self.final_norm = nn.LayerNorm(width, eps=1e-5)
         self.head = nn.Linear(width, vocab_size, bias=False)
 
-        # One matrix (V, C), used twice: a token's row is its vector when it is read, and what x is
-        # compared with when it is scored. What is learnt at one end serves the other.
+        # One matrix (V, C), used twice: row v is the vector of token v on the way in; on the way
+        # out, x is compared with every row. What is learnt at one end serves the other.
         self.head.weight = self.token_embedding.weight
         self.initialise()
 
@@ -288,11 +288,11 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V); (B, 1, V), those of the last token, with last_only.
 
-        Logits [b, t] are the scores of all tokens to follow idx[b, t]: softmax of them, the
-        probabilities.
+        logits[b, t] scores every token as the one after idx[b, t]; softmax makes probabilities of
+        these scores.
 
         With a cache, one for each block, idx continues the tokens that the cache holds. ValueError
-        if these and idx are more than context_length.
+        if these and idx together exceed context_length.
         """
         past = cache[0].length if cache else 0
         end = past + idx.size(1)
@@ -340,7 +340,7 @@ def load_tokenizer() -> tiktoken.Encoding:
     A token is a byte, or two tokens that often follow each other, joined: 256 bytes, 50,000 pairs,
     and `<|endoftext|>`, which stands between documents, make 50,257.
     """
-    # A cache folder that the user has named is used instead.
+    # `setdefault`: a cache folder that the user has named wins.
     if (HERE / ".tiktoken").is_dir():
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(HERE / ".tiktoken"))
     return tiktoken.get_encoding("gpt2")
@@ -363,10 +363,10 @@ def token_ids_to_text(ids: Tensor | Sequence[int], tokenizer: tiktoken.Encoding)
 class GPTDataset(torch.utils.data.Dataset):
     """Windows of a text: item i is (x (T,), y (T,)), T the context length, y one token later.
 
-    A window begins every `stride` tokens, and the last one ends where the text ends: every token
-    but the first is a target, if `stride` is at most T. An offset, 1 to `stride`, moves all windows
-    to the left, so that they cut the text elsewhere: with another one in each epoch, a token is met
-    with more or less of the text before it. The first and the last window then stay inside it.
+    A window starts every `stride` tokens; the last is moved back to end with the text. So every
+    token but the first is a target, if `stride` is at most T. An `offset` of 1 to `stride` shifts
+    all windows to the left: with a new one in each epoch, a token is seen with more or less text
+    before it. A window that would stick out at either end is moved inside.
     The x of the text 0 1 2 3 4 5 6 7, with T = 3 and a stride of 2 (y is one more, everywhere):
 
         offset 0    0 1 2    2 3 4    4 5 6
@@ -388,22 +388,20 @@ class GPTDataset(torch.utils.data.Dataset):
         self.offset = offset
         self.last_start = len(self.token_ids) - context_length - 1
         if self.last_start < 0:
-            tokens = f"{len(self.token_ids)} tokens are too few"
-            raise ValueError(f"{tokens} for context_length {context_length}: lower it")
+            raise ValueError(f"{len(self.token_ids)} tokens: lower context_length {context_length}")
 
     def __len__(self) -> int:
         return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]  # IndexError after the last
         # The first and the last window are pushed inside the text, where an offset moved them out.
         start = min(max(0, index * self.stride - self.offset), self.last_start)
         window = self.token_ids[start : start + self.context_length + 1].long()  # (T + 1,)
         return window[:-1], window[1:]
 
 
-def collate(items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     """Items of any length -> x (B, T), y (B, T).
 
     Padding comes last, so no token of the item sees it, and its targets do not count.
@@ -446,7 +444,7 @@ CONFIG: dict[str, Any] = {
     # On the way. `…_every` is in steps; 0: once an epoch, but 10 to 50 times a run
     "eval_every": 0,  # measure the validation loss and show a sample
     "checkpoint_every": 0,  # save; also every ten minutes and at each lowest validation loss
-    "patience": 0,  # stop after so many measurements without a lower one; 0: never
+    "patience": 0,  # stop after so many measurements without a lower loss; 0: never
     "sample_prompt": "",  # what samples continue; "": the beginning of the data
     # The machine
     "device": "auto",  # auto (an accelerator, if there is one), cpu, cuda, mps, xpu
@@ -469,65 +467,54 @@ def mix_seeds(*numbers: int) -> int:
     return mixed
 
 
-def learning_rate_at(step: int, config: dict, total_steps: int) -> float:
+def learning_rate_at(step: int, config: dict, schedule_steps: int) -> float:
     """The rate of step 1, 2, …: a line up over `warmup_steps`, then half a cosine down."""
     highest = config["learning_rate"]
     lowest = min(config["min_learning_rate"], highest)
-    warmup_steps = min(config["warmup_steps"], total_steps // 4)
+    warmup_steps = min(config["warmup_steps"], schedule_steps // 4)
     # AdamW knows nothing of the gradients' sizes yet, so the first steps must be small.
     if step <= warmup_steps:
         return highest * step / warmup_steps
 
     # Large steps find the valley, small ones its bottom.
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)  # 0 to 1
+    progress = (step - warmup_steps) / (schedule_steps - warmup_steps)  # 0 to 1
     return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_optimizer(model: GPT2, config: dict) -> torch.optim.Optimizer:
     """AdamW with GPT-3's betas (Brown et al., 2020, appendix B); GPT-2's are not published."""
     # Weight decay shrinks each weight a little at every step, so that only what the loss asks for
-    # stays. A norm's scale near 0 would switch a value
-    # off, and biases are few: both are left out.
+    # stays. A norm's scale near 0 would switch a value off, and biases are few: both are left out.
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": config["weight_decay"]},
         {"params": vectors, "weight_decay": 0.0},  # biases, and the weights of norms
     ]
-    fused = matrices[0].device.type in ("cpu", "cuda")  # one pass over memory for all
+    fused = matrices[0].device.type in ("cpu", "cuda")  # all parameters in one pass over memory
     # AdamW steps along the mean gradient of some 10 steps (0.9), divided by its usual size. 0.95,
     # not 0.999: that size is forgotten in 20 steps, so one bad batch is soon over.
     return torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused)
 
 
-# Every step of an epoch asks for the same order: keep the last one.
-@functools.lru_cache(maxsize=1)
-def order_of_epoch(n_items: int, seed: int) -> Tensor:
-    """The random order in which an epoch takes its items: a permutation of 0 … n_items - 1."""
-    return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))
-
-
 def batches_of_step(
-    train_set: Any, step: int, config: dict, rank: int = 0, world: int = 1
+    corpus: "Corpus", step: int, config: dict, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """The batches (x (B, T), y (B, T)) of step 1, 2, …, as far as they fall to process `rank`.
+    """The share of process `rank` in the batches (x (B, T), y (B, T)) of step 1, 2, ….
 
-    `world` is the number of processes, `rank` the number of this one: 0 of 1 on most machines.
-    They follow from the step alone, not from the steps before: so a resumed run needs no memory
-    of what it has read. `train_set.for_epoch(seed)` is the set as one epoch sees it; all epochs
-    have the same number of items.
+    `world` is the number of processes, `rank` the number of this one: 0 of 1 on most machines. The
+    batches depend on the step alone, so a resumed run need not remember what it has read.
+    `corpus.for_epoch(seed)` holds the items of an epoch in a random order, as many in each epoch.
     """
-    # Of all processes together: eight of them take in one step the items that one process takes
-    # with eight times the grad_accumulation.
+    # Over all processes: eight do in one step what one does with eight times the grad_accumulation.
     per_step = config["batch_size"] * config["grad_accumulation"] * world
-    epoch, position = divmod(step - 1, math.ceil(len(train_set.for_epoch(0)) / per_step))
-    seed = mix_seeds(config["seed"], epoch)
-    items = train_set.for_epoch(seed)  # windows are cut elsewhere in each epoch
+    epoch, step_in_epoch = divmod(step - 1, math.ceil(len(corpus.for_epoch(0)) / per_step))
+    items = corpus.for_epoch(mix_seeds(config["seed"], epoch))
 
     # The share of this step, and of it every `world`-th item, beginning with the rank.
-    order = order_of_epoch(len(items), seed)
-    share = order[position * per_step : (position + 1) * per_step][rank::world]
-    chosen = [items[i] for i in share.tolist()]
+    start = step_in_epoch * per_step
+    share = range(start, min(start + per_step, len(items)))[rank::world]
+    chosen = [items[i] for i in share]
     # The last step of an epoch can have fewer items than there are processes. One that gets none
     # computes a batch that counts nothing, as the others wait for its gradients.
     if not chosen:
@@ -539,7 +526,7 @@ def batches_of_step(
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets not -100.
+    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets but -100.
 
     For one target it is -log of the probability that the model gave it (nats: the natural log).
     A model that knows nothing gives each token 1 / V, and has a loss of log(50257) = 10.8.
@@ -558,17 +545,11 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step on all batches -> (loss in nats per token, length of the gradient).
 
-    Batches are (x (B, T), y (B, T)). Their gradients add up before the optimizer steps once: it
-    is the step of one big batch, in the memory of a small one. In one process, in float32, it is
-
-        for x, y in batches:
-            loss = summed_loss(network(x), y) / n_targets
-            loss.backward()                                  # adds to the gradients
-        norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip or math.inf)
-        optimizer.step()                                     # moves the weights
-        optimizer.zero_grad()                                # or the next step would add to these
-
-    and `machine` does the same for several processes and in half precision.
+    Batches are (x (B, T), y (B, T)). Their gradients add up, then the optimizer steps once: the
+    effect of one big batch, in the memory of a small one. In one process and in float32, `machine`
+    adds little: `micro_batches` moves batches to the device, `autocast` changes nothing, `sum(v)`
+    is `float(v)`, `backward(loss)` is `loss.backward()`, `clip_gradients` is PyTorch's
+    `clip_grad_norm_`, and `step(optimizer)` is `optimizer.step()`.
     """
     # How many targets the whole step has, in all batches of all processes.
     n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
@@ -580,12 +561,15 @@ def train_step(
 
         # Divided by the targets of the whole step, not of this batch, whose share may be smaller.
         loss = summed_loss(logits, y) / n_targets
-        machine.backward(loss)
+        machine.backward(loss)  # adds to the gradients
         total += loss.detach()
 
-    # Until here nothing was read from the device, so it was never waited for.
-    mean_loss = machine.sum(total)
-    return mean_loss, machine.clip_and_step(optimizer, mean_loss, grad_clip)
+    # One bad batch can have a gradient a hundred times as long as others: clipped, it does no more
+    # harm than they do.
+    norm = machine.clip_gradients(optimizer, grad_clip)
+    machine.step(optimizer)  # moves the weights against the gradients
+    optimizer.zero_grad()  # or the next step would add to these
+    return machine.sum(total), norm
 
 
 @contextlib.contextmanager
@@ -626,15 +610,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Generator[dict]:
-    """Train, and yield after each step a dict: its row of metrics.jsonl, `model`, `total_steps`,
-    and where one was drawn a `sample`. Losses are in nats per token.
+    """Train. After each step, yield a dict: the step's row of metrics.jsonl, `model`,
+    `total_steps` and, when one is due, a `sample`. Losses are in nats per token.
 
     ValueError or OSError for what is wrong with config, data or folder, before the first step;
     FloatingPointError if the loss is no longer finite; OSError if the last save failed.
 
-    It is a generator: a step is taken when the caller asks for the next row, as in
-    `for row in train(): print(row["train_loss"])`. So whoever calls it decides what to show and
-    when to stop.
+    Calling `train()` alone does nothing. Each step runs when the caller asks for its row, as in
+    `for row in train(): print(row["train_loss"])`. So the caller decides what to show and when to
+    stop.
 
     `config` holds what differs from CONFIG. `out` is the folder for what the run leaves, or None.
     `init` is a model to start from, or its name. `resume` continues the run in `out`, on one
@@ -645,7 +629,7 @@ def train(
         config, model, machine = run.config, run.model, run.machine
 
         for step in run.steps():
-            learning_rate = learning_rate_at(step, config, run.total_steps)
+            learning_rate = learning_rate_at(step, config, run.schedule_steps)
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
 
@@ -659,7 +643,7 @@ def train(
 
             # What is due after this step. best.pt is written after each lowest measurement.
             evaluate_now = run.val_set is not None and run.is_due("eval_every")
-            sample_now = run.is_due("eval_every") or step == run.last_step
+            sample_now = run.is_due("eval_every") or step == run.total_steps
             save_now = run.is_due("checkpoint_every")
 
             if evaluate_now:
@@ -672,11 +656,8 @@ def train(
             if save_now:
                 run.save()
 
-            # max_steps may end a run before run.total_steps, the end of the schedule.
-            extra = {"model": model, "total_steps": run.last_step}
-            if sample_now:
-                extra["sample"] = run.sample()
-            yield row | extra
+            sample = {"sample": run.sample()} if sample_now else {}
+            yield row | sample | {"model": model, "total_steps": run.total_steps}
 
 
 # ---- 7. Generation: logits become probabilities, these a token, and that the next input ----
@@ -697,7 +678,7 @@ class KeyValueCache:
         self.values: Tensor | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add those of T new tokens, (B, H, T, D) each -> those of all S, (B, H, S, D) each."""
+        """Keys and values of T new tokens, (B, H, T, D) each -> of all S, (B, H, S, D) each."""
         # Room for the whole context at once: growing would copy all of it for every token.
         if self.keys is None or self.values is None:
             self.keys = keys.new_empty(*keys.shape[:2], self.context_length, keys.size(3))
@@ -758,17 +739,18 @@ def next_token_probabilities(
 ) -> Tensor:
     """logits (B, V) -> probabilities (B, V). A temperature below 1 sharpens, above 1 flattens.
 
-    At temperature 0, the limit, the most probable token has all. top_k and top_p: see keep_top_k
-    and keep_top_p.
+    At temperature 0, the limit, the most probable token gets probability 1. For top_k and top_p,
+    see keep_top_k and keep_top_p.
 
         probabilities = next_token_probabilities(model(ids)[:, -1])
         best = probabilities.topk(5)  # .values and .indices, (B, 5) each
     """
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         logits, temperature = keep_top_k(logits, 1), 1.0
     logits = logits.float()  # half precision would round sums over the vocabulary
-    # Softmax does not change when all logits move together, and a small temperature is no danger.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
+    # Shifting all logits leaves softmax as it is; with 0 the highest, nothing overflows.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
 
@@ -781,14 +763,13 @@ def next_token_probabilities(
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """probabilities (B, V) -> token ids (B, 1), each drawn with its probability.
 
-    A race: token i arrives after a random time, exponentially distributed, on average 1 / p_i, and
-    it is the first with probability p_i. That time is waiting / p, with `waiting` 1 on average: the
-    smallest is where p / waiting is largest. `torch.multinomial` draws from the same distribution,
-    and waits for the device twice.
+    A race: token i arrives after an exponentially distributed time with mean 1 / p_i, and comes
+    first with probability p_i. Such a time is `waiting` / p_i, where `waiting` has mean 1: so the
+    first token is the one with the largest p_i / waiting. `torch.multinomial` draws from the same
+    distribution, but waits for the device twice.
     """
-    device = generator.device if generator else probabilities.device
-    waiting = torch.empty(probabilities.shape, device=device).exponential_(generator=generator)
-    return (probabilities / waiting.to(probabilities.device)).argmax(dim=-1, keepdim=True)
+    waiting = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waiting).argmax(dim=-1, keepdim=True)
 
 
 def generate(
@@ -843,7 +824,7 @@ def generate(
                 cache = [KeyValueCache(context) for _ in model.blocks]
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
             # Looking at numbers makes an accelerator wait: so do it once in a while.
-            if count % 16 == 0 and not logits.amax(dim=-1).isfinite().all():  # NaN if one is
+            if count % 16 == 0 and not logits.amax(dim=-1).isfinite().all():  # amax: NaN if any is
                 raise ValueError("NaN or infinite logits: the weights are damaged, or overflow")
 
             if temperature == 0:
@@ -890,7 +871,7 @@ import time
 import warnings
 from array import array
 from datetime import timedelta
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn, Protocol
 
 import torch.distributed as dist
 from tiktoken.load import read_file_cached
@@ -974,7 +955,7 @@ def read_json(file: IO[str]) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 rule = "each line must be a whole JSON object, or the file a JSON list"
                 raise BadFile(f"line {number}: {error}; {rule}") from error
 
@@ -1019,7 +1000,7 @@ def instruction_of(prompt: str) -> tuple[str, str] | None:
 
 @functools.cache
 def note_once(text: str) -> None:
-    """A note that would else come with every record."""
+    """Log a note once, not with every record."""
     log.info(text)
 
 
@@ -1027,7 +1008,7 @@ def text_of(record: dict, *keys: str, default: str | None = None) -> str:
     """The text under the first of these keys that the record has. A number is its digits."""
     value = next((record[key] for key in keys if key in record), default)
     # Labels are often numbers: {"label": 1} means the text "1".
-    if isinstance(value, (int, float)):
+    if type(value) in (int, float):  # not isinstance: to Python, True is an int
         note_once(f"data      {' or '.join(keys)} holds numbers: they are read as their digits")
         value = str(value)
     if not isinstance(value, str):
@@ -1094,19 +1075,18 @@ def parse_record(place: str, record: Any) -> Example | str:
 
 def read_records(path: Path) -> Iterator[Example | str]:
     """The examples or the documents of a file of records. BadFile says where one is wrong."""
-    count = 0
+    place = ""
     try:
         # A quoted value of a table may hold line ends of any kind: none is translated.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for place, record in RECORD_FORMATS[path.suffix.lower()](file):
-                count += 1
                 yield parse_record(place, record)
     except UnicodeDecodeError as error:
         raise not_utf8(path) from error
-    except (BadFile, json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise BadFile(f"{path}: {error}") from error
 
-    if count == 0:
+    if not place:
         raise BadFile(f"{path} holds no records")
 
 
@@ -1167,7 +1147,7 @@ def text_pieces(files: Sequence[Path]) -> Iterator[str]:
 
 def check_white_space(text: str, source: str | Path) -> str:
     """The text. BadFile if the tokenizer would fail: it cannot take a million blanks in a row."""
-    # Its message would name no file, and older versions panic, which is no Exception in Python.
+    # Its own error names no file; older versions panic, which `except Exception` misses.
     # No run escapes by being cut: a piece of a text ends with a visible character (see SAFE_CUT).
     if run := re.search(r"(?<!\s)\s{200000}", text):
         before = text[max(0, run.start() - 30) : run.start()]
@@ -1199,10 +1179,10 @@ def map_tokens(path: Path) -> Tensor:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise BadFile(f"{path} has {size} bytes: not tokens of two bytes each")
-    # Mapped, not read: a corpus larger than the memory can be trained on. Read-only, for what may
-    # be written must fit into the memory: torch.from_file is refused such a file.
+    # Mapped, not read: a corpus may exceed the memory. Read-only, since memory that may be written,
+    # as torch.from_file's, must fit.
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, that nobody must write
+        warnings.simplefilter("ignore")  # PyTorch's, that the buffer is read-only
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         tokens = torch.frombuffer(mapped, dtype=torch.uint16)
     # Files of other tokenizers show it early; looking at all tokens would read the whole file.
@@ -1258,18 +1238,67 @@ def read_data(data: str, folder: Path | None = None) -> Tensor | list[Example]:
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint16)
 
 
-# A data set says itself which items an epoch takes, which items score each token once, what a
-# sample continues, and what `eval` reports beside the loss.
+class Corpus(Protocol):
+    """What training and measuring ask of a data set, of whatever it is made.
+
+    An item is (x (T,), y (T,)), and y is -100 where a target does not count.
+    """
+
+    context_length: int
+
+    def for_epoch(self, seed: int) -> "Shuffled":
+        """The items of one epoch, in a random order; each epoch has the same number."""
+
+    def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Items in which each token is once a target that counts; windows may overlap."""
+
+    def sample_prompt(self) -> list[int]:
+        """The tokens that samples continue, where no other prompt was given."""
+
+    def size(self) -> str:
+        """How much it holds, for a person."""
+
+    def labels(self) -> list[str]:
+        """The classes, if it is a classification."""
+
+    def figures(self, model: GPT2, loss: float, labels: Sequence[str]) -> dict:
+        """What `eval` reports beside the loss."""
+
+
+# Every step of an epoch asks for the same order: keep the last one.
+@functools.lru_cache(maxsize=1)
+def random_order(n_items: int, seed: int) -> Tensor:
+    """A permutation of 0 … n_items - 1."""
+    return torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))
+
+
+class Shuffled:
+    """Items in a random order, each once.
+
+    Above 16 million, they are shuffled in parts of so many: the order of 10⁹ would fill 8 GB.
+    """
+
+    def __init__(self, items: "GPTDataset | CompletionDataset", seed: int):
+        self.items, self.seed = items, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        first = place - place % 2**24  # of this part
+        order = random_order(min(2**24, len(self.items) - first), self.seed + first)
+        return self.items[first + int(order[place - first])]
 
 
 class TextDataset(GPTDataset):
     """A text to train on or to measure."""
 
-    def for_epoch(self, seed: int) -> GPTDataset:
+    def for_epoch(self, seed: int) -> Shuffled:
         """Windows cut elsewhere than in other epochs: else a token would have one context only."""
         # An offset is never 0, so that each epoch has the same number of windows.
-        offset = 1 + seed % self.stride
-        return GPTDataset(self.token_ids, self.context_length, self.stride, offset)
+        offset = 1 + random.Random(seed).randrange(self.stride)
+        windows = GPTDataset(self.token_ids, self.context_length, self.stride, offset)
+        return Shuffled(windows, seed)
 
     def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Windows that may overlap; a target is -100 where an earlier window scored it."""
@@ -1350,9 +1379,9 @@ class CompletionDataset(list):
         y = [IGNORE_INDEX] * (len(prompt) - 1) + completion
         return torch.tensor((prompt + completion)[:-1]), torch.tensor(y)
 
-    def for_epoch(self, seed: int) -> "CompletionDataset":
+    def for_epoch(self, seed: int) -> Shuffled:
         """The same examples in every epoch."""
-        return self
+        return Shuffled(self, seed)
 
     def scoring_items(self, stride: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All examples; they do not overlap, so a stride has nothing to say."""
@@ -1406,7 +1435,9 @@ def decoded(ids: Tensor) -> bytes:
     return b"".join(map(tokenizer.decode_bytes, known))
 
 
-def scoring_batches(dataset: Any, stride: int | None = None, tokens: int = 1024) -> Iterator[Batch]:
+def scoring_batches(
+    dataset: Corpus, stride: int | None = None, tokens: int = 1024
+) -> Iterator[Batch]:
     """Batches (x (B, T), y (B, T)) for `evaluate`, of about so many tokens, each scored once."""
     items = dataset.scoring_items(stride)
     done = 0
@@ -1461,7 +1492,7 @@ def exact_share(model: GPT2, dataset: CompletionDataset) -> float:
     return right / len(dataset)
 
 
-def evaluation_set(data: Tensor | list[Example], context_length: int, name: str) -> Any:
+def evaluation_set(data: Tensor | list[Example], context_length: int, name: str) -> Corpus:
     """A data set to score; a text shorter than the context is one window."""
     if isinstance(data, list):
         return CompletionDataset(data, context_length)
@@ -1470,7 +1501,7 @@ def evaluation_set(data: Tensor | list[Example], context_length: int, name: str)
     return TextDataset(data, min(context_length, len(data) - 1))
 
 
-def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
+def load_data(config: dict, folder: Path | None = None) -> tuple[Corpus, Corpus | None]:
     """The data sets of a config, to train on and to validate on (or None). For `folder`, see
     read_data. ValueError, also BadFile, if the data cannot be used or leaves nothing to train on.
     """
@@ -1480,7 +1511,7 @@ def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
     # Examples are held back at random, since their files may be sorted. Of a text it is the end:
     # windows picked at random would share tokens with those that are trained on.
     if isinstance(data, list):
-        order = order_of_epoch(len(data), mix_seeds(config["seed"], 0))
+        order = random_order(len(data), mix_seeds(config["seed"], 0))
         data = [data[i] for i in order.tolist()]
     else:
         n_val = min(n_val, config["max_val_tokens"])
@@ -1488,7 +1519,7 @@ def load_data(config: dict, folder: Path | None = None) -> tuple[Any, Any]:
     n_train = len(data) - n_val
     if n_train == 0:
         raise ValueError(f"{name} leaves nothing to train on: lower val_fraction")
-    train_set: Any
+    train_set: Corpus
     if isinstance(data, list):
         train_set = CompletionDataset(data[:n_train], context)
     else:
@@ -1538,8 +1569,8 @@ def check_config(config: dict, keys: Sequence[str] = tuple(CONFIG)) -> dict:
         if key not in config:
             raise ValueError(f"the config has no {key!r}")
     checked = {key: check_value(key, config[key]) for key in keys}
-    if checked["emb_dim"] % checked["n_heads"]:
-        width, n_heads = checked["emb_dim"], checked["n_heads"]
+    width, n_heads = checked["emb_dim"], checked["n_heads"]
+    if width % n_heads:
         raise ValueError(f"emb_dim {width} is not a multiple of n_heads {n_heads}")
     return checked
 
@@ -1598,8 +1629,8 @@ class Machine:
     """On what, in what numbers and by how many processes a run is computed."""
 
     # What `sum` adds up. A count of tokens above 16 million would be rounded in float32. It is kept
-    # between sums, since a thread of Gloo lets go of it only after the sum is known: the last to
-    # hold a tensor frees it, and a thread that does so while Python ends aborts the process.
+    # between sums: a thread of Gloo may be the last to hold the tensor, and freeing it while Python
+    # exits aborts the process.
     total = torch.zeros((), dtype=torch.float64)
 
     def __init__(self, device: str = "auto", precision: str = "auto"):
@@ -1648,13 +1679,11 @@ class Machine:
         """Add the gradients of a loss. DDP takes the mean over processes; a sum is wanted."""
         self.scaler.scale(loss * self.world).backward()
 
-    def clip_and_step(
-        self, optimizer: torch.optim.Optimizer, loss: float, grad_clip: float
-    ) -> float:
-        """Clip the gradient, let the optimizer step, and return the gradient's length.
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, grad_clip: float) -> float:
+        """Shorten the gradient to `grad_clip`, and return the length that it had.
 
-        FloatingPointError where loss or gradient is not finite; with a scaler, which then skips
-        the step and scales less, only after many such steps in a row.
+        FloatingPointError if that is not finite, as with a loss that is not; with a scaler, which
+        then skips the step and scales less, only after many such steps in a row.
         """
         # The length of the gradient means something only without the scaler's factor.
         self.scaler.unscale_(optimizer)
@@ -1663,15 +1692,16 @@ class Machine:
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
 
         # One overflow is an accident that the scaler mends; many are a learning rate too high.
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        self.skipped = 0 if finite else self.skipped + 1
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped > (MAX_SKIPPED_STEPS if self.scaler.is_enabled() else 0):
-            problem = f"the loss became {loss}, the gradient's length {norm}"
-            raise FloatingPointError(f"{problem}: begin again with a lower learning_rate")
+            problem = f"loss or gradient overflowed: the gradient's length is {norm}"
+            raise FloatingPointError(f"{problem}; begin again with a lower learning_rate")
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimizer step, unless the scaler has found an overflow."""
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad()
-        return norm
 
     @staticmethod
     def sum(value: float | Tensor) -> float:
@@ -1715,7 +1745,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             os.fsync(file.fileno())  # or a power cut could keep the name and lose the bytes
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        # Not of this file: one that `write` reads has another name, a failed download no number.
+        # Not this file's fault: the error names another file, or, of a download, has no errno.
         name = getattr(error, "filename", None)
         if name not in (None, str(part)) or getattr(error, "errno", 0) is None:
             raise
@@ -1736,10 +1766,8 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict:
 
     Nothing in the file is run. BadFile if it is no checkpoint.
     """
-    checkpoint = load_pickled(Path(path), mmap)
-    if isinstance(checkpoint, dict):
-        parts = (checkpoint.get("config"), checkpoint.get("model"))
-        if all(isinstance(part, dict) for part in parts):
+    match load_pickled(Path(path), mmap):
+        case {"config": dict(), "model": dict()} as checkpoint:
             return checkpoint
     raise BadFile(f"{path} is not a checkpoint: weights without a config, or no weights")
 
@@ -1778,8 +1806,8 @@ class Run:
     metrics: IO[bytes] | None  # metrics.jsonl, open and locked, in the first process
     machine: Machine
     model: GPT2
-    train_set: Any
-    val_set: Any
+    train_set: Corpus
+    val_set: Any  # a Corpus, or None
     data_sha256: str
 
     step: int = 0
@@ -1800,16 +1828,16 @@ class Run:
         self.items_per_step = config["batch_size"] * config["grad_accumulation"] * world
         self.steps_per_epoch = math.ceil(len(self.train_set.for_epoch(0)) / self.items_per_step)
         of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
-        self.total_steps = config["schedule_steps"] or of_epochs
-        self.last_step = min(self.total_steps, config["max_steps"] or self.total_steps)
+        self.schedule_steps = config["schedule_steps"] or of_epochs
+        self.total_steps = min(self.schedule_steps, config["max_steps"] or self.schedule_steps)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to come, until the last, or until patience ends."""
-        log.info(f"run       from step {self.step + 1} to {self.last_step}")
+        log.info(f"run       from step {self.step + 1} to {self.total_steps}")
         if self.config["compile"]:
             log.info("compile   the first steps take a minute")
         progress.info("computing the first step")
-        while self.step < self.last_step:
+        while self.step < self.total_steps:
             # The mean, so that all stop together: after a failed save, the first counts otherwise.
             patience = self.config["patience"]
             if patience and self.machine.sum(self.stale) >= patience * self.machine.world:
@@ -1821,11 +1849,11 @@ class Run:
     def is_due(self, key: str) -> bool:
         """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
         # 0 means: once an epoch, but ten times a run at least, and fifty at most.
-        often = min(self.steps_per_epoch, math.ceil(self.total_steps / 10))
-        often = self.config[key] or max(often, self.total_steps // 50)
+        often = min(self.steps_per_epoch, math.ceil(self.schedule_steps / 10))
+        often = self.config[key] or max(often, self.schedule_steps // 50)
         # A step of a large model takes minutes: nobody is to lose more than ten of them.
         late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
-        on_time = self.step % often == 0 or self.step == self.total_steps
+        on_time = self.step % often == 0 or self.step == self.schedule_steps
         return on_time or (late and key == "checkpoint_every")
 
     def count_step(
@@ -2075,7 +2103,7 @@ def new_config(given: dict, source: GPT2 | None) -> dict:
     return check_config(config)
 
 
-def announce(config: dict, machine: Machine, train_set: Any, val_set: Any) -> None:
+def announce(config: dict, machine: Machine, train_set: Corpus, val_set: Corpus | None) -> None:
     """Say what is coming before it takes time and memory; warn where memory is short."""
     held_back = val_set.size() if val_set else "nothing"
     log.info(f"data      {config['data']}: train on {train_set.size()}, validate on {held_back}")
@@ -2111,7 +2139,7 @@ def load_run(path: Path) -> tuple[dict, GPT2]:
             raise BadFile(f"{path} is damaged: {key} is {value!r:.60}")
     if lacking := {"optimizer", "scaler", "items_per_step", "data_sha256"} - checkpoint.keys():
         raise BadFile(f"{path} is damaged: it has no {min(lacking)}")
-    # Of one reading: the file may be written by the process that trains until now.
+    # Both from one reading: another process may be replacing the file.
     with blaming(path):
         return checkpoint, build_model(checkpoint["config"], checkpoint.pop("model"))
 
@@ -2149,24 +2177,24 @@ def restore(run: Run, checkpoint: dict) -> None:
         setattr(run, key, checkpoint[key])
     run.saved_best = (run.best_val_loss, run.best_step)
 
-    state = f"the run in {run.folder} is at step {run.step} of {run.total_steps}"
+    state = f"the run in {run.folder} is at step {run.step} of {run.schedule_steps}"
     command = f"{resume_command(str(run.folder))} --max_steps 0"
-    if run.step >= run.total_steps:
+    if run.step >= run.schedule_steps:
         key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
         longer = f"{command} --{key} {2 * run.config[key]}"
-        raise ValueError(f"{state}, finished: longer, with the schedule of that, with {longer}")
-    if run.step >= run.last_step:
-        raise ValueError(f"{state}, beyond max_steps: to its end with {command}")
+        raise ValueError(f"{state}, finished: to train longer, on a longer schedule, run {longer}")
+    if run.step >= run.total_steps:
+        raise ValueError(f"{state}, stopped by max_steps: to finish it, run {command}")
     if 0 < run.config["patience"] <= run.stale:
-        raise ValueError(f"{state}, where patience ended: to its end with {command} --patience 0")
+        raise ValueError(f"{state}, stopped by patience: to go on, run {command} --patience 0")
 
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.machine.scaler.load_state_dict(checkpoint["scaler"])
-        for parameter, state in run.optimizer.state.items():
+        for parameter, moments in run.optimizer.state.items():
             layout = (parameter.shape, parameter.stride())
             # PyTorch compares no shapes: a fused step would write past a moment that is smaller.
-            for value in state.values():
+            for value in moments.values():
                 if value.dim() > 0 and (value.shape, value.stride()) != layout:
                     raise ValueError("a moment and its parameter differ in shape")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -2175,7 +2203,7 @@ def restore(run: Run, checkpoint: dict) -> None:
     if run.metrics:
         cut_metrics(run.metrics, run.step)
     run.saved_step = run.step
-    log.info(f"resume    after step {run.step} of {run.last_step}")
+    log.info(f"resume    after step {run.step} of {run.total_steps}")
 
 
 def start_run(
@@ -2343,8 +2371,7 @@ def model_from_tensors(tensors: dict[str, Any], config: dict, transposed: bool) 
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # old files hold the causal mask
             continue
         if name.startswith(("score.", "classifier.", "multiple_choice_head.")):
-            size = f"{name.split('.')[0]} head of {len(tensor)} labels"
-            raise ValueError(f"a {size}: not a language model")
+            raise ValueError(f"{name} is a head of {len(tensor)} labels: not a language model")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is quantised ({tensor.dtype}): give floating-point weights")
         found[name] = tensor
@@ -2408,8 +2435,7 @@ def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + 4 * tensor.numel()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     file.write(len(text).to_bytes(8, "little") + text)
@@ -2458,13 +2484,9 @@ def check_vocabulary(folder: Path) -> None:
 def load_folder(folder: Path) -> GPT2:
     """The model of a folder in Hugging Face format."""
     if not (folder / "config.json").exists():
-        adapter = (folder / "adapter_config.json").exists()
-        kind = (
-            "an adapter: merge it into its model"
-            if adapter
-            else "no model: no config.json or best.pt"
-        )
-        raise BadFile(f"{folder} is {kind}")
+        if (folder / "adapter_config.json").exists():
+            raise BadFile(f"{folder} is an adapter: merge it into its model")
+        raise BadFile(f"{folder} is no model: no config.json or best.pt")
     given = {"resid_pdrop": 0.1} | read_json_file(folder / "config.json")
     # GPT-2's first configs say n_ctx only.
     given.setdefault("n_positions", given.get("n_ctx"))
@@ -2489,9 +2511,7 @@ def load_file(path: Path) -> GPT2:
         args = checkpoint["model_args"]
         config = {ours: args.get(theirs) for ours, theirs in names.items()} | {"qkv_bias": True}
         config = check_config(config, MODEL_KEYS)
-        log.info(
-            "nanoGPT computes GELU exactly, this model in OpenAI's form: logits differ a little"
-        )
+        log.info("nanoGPT computes GELU exactly, OpenAI's code does not: logits differ a little")
         return model_from_tensors(checkpoint["model"], config, transposed=False)
     checkpoint = load_checkpoint(path)
     return build_model(checkpoint["config"], checkpoint["model"])
@@ -2791,7 +2811,7 @@ class Notes(logging.Handler):
                 print(text, file=sys.stderr, flush=True)
             elif sys.stderr.isatty():
                 # A line that wraps could not be taken away again: `\r\x1b[K` clears one row.
-                width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+                width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
                 print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
                 self.live = True
             elif time.monotonic() - self.printed_at > 30:
@@ -2887,22 +2907,18 @@ def training_settings(args: argparse.Namespace) -> dict:
     if not args.model_size:
         return given
     size = OPENAI_SIZES[args.model_size]
-    rates = {
-        "learning_rate": size["learning_rate"],
-        "min_learning_rate": size["learning_rate"] / 10,
-    }
-    return {key: size[key] for key in SIZE_KEYS} | rates | given
+    lowest = {"min_learning_rate": size["learning_rate"] / 10}
+    return {key: size[key] for key in (*SIZE_KEYS, "learning_rate")} | lowest | given
 
 
 def run_train(args: argparse.Namespace) -> None:
     """Train. SystemExit 130 or 143 after Ctrl-C or SIGTERM, when the step is done and saved."""
     keep_freed_memory()
     given = training_settings(args)
+    how = {"init": args.init or None, "resume": args.resume, "overwrite": args.overwrite}
     if args.auto_resume and Path(args.out, "last.pt").exists():
-        run = train(given, out=args.out, resume=True)
-    else:
-        how = {"init": args.init or None, "resume": args.resume, "overwrite": args.overwrite}
-        run = train(given, out=args.out, **how)
+        how = {"resume": True}
+    run = train(given, out=args.out, **how)
 
     stop = None
     rates: list[float] = []
@@ -2957,9 +2973,10 @@ def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
 
     if isinstance(first, Example):
         # What `eval` would say of this model, with the settings of the run.
-        changed = {"model": str(model), "stride": 0, "all": False, "json": False}
-        changed["data"] = state["config"]["val_data"] or state["config"]["data"]
-        run_eval(argparse.Namespace(**vars(args) | state["config"] | changed))
+        config = state["config"]
+        machine = ["--device", config["device"], "--precision", config["precision"]]
+        data = config["val_data"] or config["data"]
+        run_eval(parse(["eval", "--model", str(model), "--data", data, *machine]))
 
         # The first prompt is a good one to try. --instruct puts an instruction into its layout
         # again; `--` lets a prompt begin with a dash.
@@ -2975,7 +2992,10 @@ def close_run(args: argparse.Namespace, row: dict, seconds: float) -> None:
 def checkpoint_of(model: str | Path) -> dict:
     """What a checkpoint holds; nothing for a model in another format."""
     path = find_model(model)
-    return load_checkpoint(path) if path and path.is_file() else {}
+    with contextlib.suppress(BadFile):
+        if path and path.is_file():
+            return load_checkpoint(path)
+    return {}
 
 
 def load_for_use(args: argparse.Namespace) -> GPT2:
@@ -3021,8 +3041,7 @@ class Reply:
         if token < tokenizer.eot_token:  # a padded vocabulary has tokens beyond
             self.text += self.decoder.decode(tokenizer.decode_single_token_bytes(token))
         # A stop text may begin in one token and end in another: search the text, not the token.
-        found = [at for at in (self.text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
+        if found := [at for at in map(self.text.find, self.stops) if at >= 0]:
             self.text = self.text[: min(found)]
             self.ended = "stop"
 
@@ -3173,7 +3192,7 @@ def answer(model: GPT2, prompt: str, args: argparse.Namespace, options: dict) ->
     log.info(f"{count} tokens in {seconds:.1f} s: {count / seconds:.0f} tokens/s")
 
 
-def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Any, list[str]]:
+def data_to_measure(args: argparse.Namespace, context_length: int) -> tuple[Corpus, list[str]]:
     """The data set that `eval` measures, and the labels that the model was trained on.
 
     Of the file that a checkpoint was trained on, it is the part that was held back.
@@ -3361,9 +3380,7 @@ COMMANDS = {
     "train": Command(run_train, "train or fine-tune a model", "files", "*", TRAIN_OPTIONS),
     "generate": Command(run_generate, "continue a text", "prompt", "*", TEXT_OPTIONS),
     "eval": Command(run_eval, "measure a model", "files", "*", EVAL_OPTIONS),
-    "export": Command(
-        run_export, "write a folder that other programs read", "folder", None, ("model",)
-    ),
+    "export": Command(run_export, "write a folder for other programs", "folder", None, ("model",)),
     "tokenize": Command(run_tokenize, "write the tokens of texts into one file", "paths", "+", ()),
     "info": Command(run_info, "say what a model is", "model", None, ()),
 }
@@ -3441,14 +3458,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a command with their defaults; those that were given are in `.given`."""
     # --learning-rate is --learning_rate; argparse itself makes --no-compile. A word with a space,
     # or after a bare --, is a prompt and stays as it is.
-    option = re.compile(r"(--(?:no-)?)([\w-]+)(?==|$)")
-    end = list(words).index("--") if "--" in words else len(words)
-    words = [
-        option.sub(lambda name: name[1] + name[2].replace("-", "_"), word, count=1)
-        if i < end and option.match(word)
-        else word
-        for i, word in enumerate(words)
-    ]
+    option = re.compile(r"^(--(?:no-)?)([\w-]+)(?==|$)")
+    options = itertools.takewhile("--".__ne__, words)
+    typed = [option.sub(lambda name: name[1] + name[2].replace("-", "_"), word) for word in options]
+    words = [*typed, *words[len(typed) :]]
 
     # Only what was given is there: a resumed run must tell a default from a wish.
     parser = make_parser()
@@ -3462,7 +3475,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return argparse.Namespace(**DEFAULTS | given, given=given)
 
 
-# What may go wrong without a mistake of this program: the rest is a traceback at once.
+# Errors that need not be bugs of this program; any other is a traceback at once.
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError)
 
 

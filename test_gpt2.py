@@ -943,7 +943,7 @@ class TestTraining:
         """It learns another text, and so forgets the one that it is measured on."""
         other = write(tmp_path / "other.txt", "Blue, green! " * 40)
         given = config | {"data": str(other), "val_data": config["data"], "max_steps": 3}
-        given |= {"learning_rate": 0.3, "warmup_steps": 0, "eval_every": 1, "checkpoint_every": 9}
+        given |= {"learning_rate": 3.0, "warmup_steps": 0, "eval_every": 1, "checkpoint_every": 9}
         run = gpt2.train(given, out=tmp_path / "run", init=whole)
         losses = [next(run)["val_loss"]]
         for name in ("last.pt", "best.pt"):
@@ -1871,7 +1871,7 @@ WRONG_CONFIG |= {"tie_word_embeddings": False, "n_embd": "wide", "n_head": 5, "n
 
 
 OTHER_WEIGHTS = {  # what is said of them, and what is other than in GPT-2
-    "score head of 2 labels": {"score.weight": torch.ones(2, 12)},
+    "score.weight is a head of 2 labels": {"score.weight": torch.ones(2, 12)},
     "quantised": {"h.0.mlp.c_fc.weight": torch.ones(12, 48, dtype=torch.int8)},
     "untied": {"lm_head.weight": torch.ones(61, 12)},
     "extra": {"extra.weight": torch.ones(61, 12)},
