@@ -276,9 +276,8 @@ def assert_same_run(folder, reference):
     assert numbers(metrics_of(folder)) == numbers(metrics_of(reference))
     for name in ("last.pt", "best.pt"):
         ours, theirs = load(folder / name), load(reference / name)
-        for key in ("step", "tokens_seen", "model"):
-            assert same(ours[key], theirs[key]), (name, key)
-        assert same(ours.get("optimizer"), theirs.get("optimizer"))
+        for key in ("step", "tokens_seen", "model", "optimizer"):
+            assert same(ours.get(key), theirs.get(key)), (name, key)
 
 
 def words(config):
@@ -378,7 +377,6 @@ def seeded(seed):
 
 
 class TestAttention:
-    @torch.no_grad()
     @cases("causal", [False, True])
     def test_one_head_is_the_formula(self, causal):
         head = gpt2.CausalAttention(6, 4, 7, 0.0) if causal else gpt2.SelfAttention(6, 4)
@@ -424,7 +422,6 @@ class TestBlock:
 class TestModel:
     @cases("scale", [1e-3, 0.02, 1.0, 3.0])
     @cases("heads, bias", [(1, True), (2, False), (3, True), (6, False)])
-    @torch.no_grad()
     def test_it_is_the_reference_over_heads_bias_and_lengths(self, heads, bias, scale):
         """Small weights show the norms' epsilon, and large ones the form of GELU."""
         model = lively(TINY | {"n_heads": heads, "qkv_bias": bias, "n_layers": 3}, scale).double()
@@ -437,7 +434,6 @@ class TestModel:
             assert torch.allclose(model(idx, last_only=True), expected[:, -1:], **near)
 
     @cases("chunks", [[1] * 8, [3, 1, 4], [5, 3], [6, 2], [1, 7], [8]])
-    @torch.no_grad()
     def test_read_in_pieces_with_a_cache_it_is_the_reference(self, chunks):
         model = lively(TINY)
         idx = some_ids(3, 8)
@@ -531,7 +527,6 @@ class TestData:
         for n in (4, 0):
             refused(f"{n} .*context_length 4", lambda n=n: gpt2.GPTDataset(range(n), 4))
 
-    @torch.no_grad()
     def test_items_of_any_length_make_a_batch_whose_padding_counts_for_nothing(self):
         items = [(some_ids(n, seed=n), some_ids(n, seed=n + 50)) for n in (3, 8, 1)]
         x, y = gpt2.collate(items)
@@ -852,8 +847,8 @@ class TestTraining:
         rows = metrics_of(whole)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
         assert [row["epoch"] for row in rows] == [1] * 8 + [2] * 8
-        seen = [rows[i]["tokens_seen"] for i in (0, 6, 7, 15)]
-        assert seen == [48, 48 * 7, 43 * 8, 2 * 43 * 8]  # of 43 windows
+        # Of 43 windows of 8 tokens, a step takes 6, and the last of an epoch takes one.
+        assert [rows[i]["tokens_seen"] for i in (0, 6, 7, 15)] == [48, 48 * 7, 43 * 8, 2 * 43 * 8]
         given = {"data": str(examples), "context_length": 12, "epochs": 1.0, "val_fraction": 0.0}
         rows = take(config | given | {"eval_every": 99})
         assert rows[-1]["tokens_seen"] == 8 * 2 + 7 * 3  # " ham" and " spam!", each with its end
@@ -1167,7 +1162,6 @@ def measured(cli, data, model, *given):
     return json.loads(cli("eval", "--data", data, "--model", model, "--json", *given).out)
 
 
-@torch.no_grad()
 def losses_of(model, prompt, completion, end=True):
     """The losses of a completion's tokens in nats, in float64, each text read alone."""
     encode = gpt2.load_tokenizer().encode
@@ -1347,8 +1341,8 @@ class TestDataFiles:
         assert gpt2.load_data(given | {"seed": 1})[1].examples != val_set.examples
         assert gpt2.load_data(given | {"val_fraction": 0.0})[1] is None
         refused("val_fraction", lambda: gpt2.load_data(given | {"val_fraction": 0.95}))
-        both = gpt2.load_data(given | {"val_data": str(examples)})  # an own validation file
-        assert [len(part) for part in both] == [15, 15]
+        # A file of its own to validate on: nothing is held back.
+        assert [*map(len, gpt2.load_data(given | {"val_data": str(examples)}))] == [15, 15]
 
     def test_of_a_text_the_end_is_held_back(self, tokenizer):
         ids = tokenizer.encode(VERDICT)  # 5,145 tokens
@@ -2225,7 +2219,6 @@ class TestFastCPUs:
     @cases("rows", [1, 2, 4, 5, 63, 128, 129])
     @cases("outputs", [48, 336, 250, 331, 29])
     @cases("bias", [True, False])
-    @torch.no_grad()
     def test_products_of_few_rows_equal_those_of_a_plain_linear(self, rows, outputs, bias):
         linear, x = nn.Linear(40, outputs, bias=bias), torch.randn(rows, 40)
         for shape in ((rows, 40), (1, rows, 40), (rows, 1, 40)):
@@ -2245,7 +2238,6 @@ class TestFastCPUs:
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert ((found - expected).abs() / size).max() < 0.02
 
-    @torch.no_grad()
     def test_int8_keeps_no_other_copy_of_a_matrix_and_looks_tokens_up_in_it(self):
         size = SMALL | {"emb_dim": 64, "n_heads": 4, "n_layers": 2}
         model, plain, ids = lively(size), lively(size), some_ids(3, 5, vocab=50257)
@@ -2317,8 +2309,7 @@ def shelf(tmp_path_factory, config):
     save_model(lively(SMALL), folder / "good.pt")
     save_model(lively(TINY), folder / "few.pt")
     take(config | {"max_steps": 1}, out=folder / "run")
-    texts = {"good.txt": VERDICT[:2000], "one.txt": "a", "empty.txt": ""}
-    texts |= {"asked.txt": '{"prompt": "Once"}\n{"prompt": \n'}
+    texts = {"good.txt": VERDICT[:2000], "one.txt": "a", "empty.txt": "", "asked.txt": 'Once\n{"a'}
     for name, text in texts.items():
         write(folder / name, text)
     return folder
