@@ -1272,12 +1272,33 @@ class TestDataFiles:
             ("a.jsonl", '{"prompt": "a", "choices": ["", "b"], "answer": 1}\n', "choices"),
             ("a.csv", "prompt,completion,end\na,<|endoftext|>,false\n", "line 2.*predict"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
+            (
+                "a.jsonl",
+                '{"text": ' + "1" * 5000 + "}\n",
+                "line 1",
+            ),  # more digits than Python reads
+            ("a.jsonl", '{"text": "a"}\n{"text": true}\n', "line 2.*True"),
             ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
             ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
         ],
     )
     def test_a_record_of_no_use_is_named_and_what_was_found(self, tmp_path, name, content, cause):
         refused(f"{name}.*{cause}", lambda: records_in(write(tmp_path / name, content)))
+
+    def test_of_a_huge_set_each_item_comes_once_in_an_order_that_fits_the_memory(self):
+        count = 2**24 + 5  # shuffled in parts of 2²⁴; the order of 10⁹ items would fill 8 GB
+        items = gpt2.Shuffled(range(count), seed=3)
+        last = [items[i] for i in range(2**24, count)]
+        assert len(items) == count and sorted(last) == list(range(2**24, count))
+        first = [items[i] for i in range(99)]
+        assert len(set(first)) == 99 and 2**20 < max(first) < 2**24
+
+    def test_each_epoch_cuts_a_text_at_another_random_place(self):
+        text = gpt2.TextDataset(range(200), context_length=64, stride=32)
+        seeds = [gpt2.mix_seeds(42, epoch) for epoch in range(12)]
+        cuts = [min(int(x[0]) for x, _ in text.for_epoch(seed) if x[0] > 0) for seed in seeds]
+        moves = {after - before for before, after in itertools.pairwise(cuts)}
+        assert len(set(cuts)) > 6 and len(moves) > 6
 
     def test_no_file_is_dropped_and_no_hint_names_what_a_command_lacks(self, cli):
         parsed = gpt2.parse(["train", "a", "--data", "b", "--data", "c", "d"])
@@ -2098,6 +2119,7 @@ class TestPretrained:
             parameter.data.mul_(bias or not name.endswith(".bias"))
         found = read(tmp_path / "ckpt.pt")
         assert same(found.state_dict(), model.state_dict()) and found.config == TINY
+        assert gpt2.main(["info", str(tmp_path / "ckpt.pt")]) == 0
 
     def test_what_is_no_checkpoint_is_named_and_nothing_in_it_is_run(self, cli):
         weights = lively(TINY).state_dict()
@@ -2738,6 +2760,12 @@ class TestCommandLine:
         monkeypatch.setattr(sys, "stderr", Terminal())
         at_shelf("generate", "a", "--model", "good.pt", "--num_samples", 2, "--max_tokens", 4)
         assert re.search(r"\b4\b[^\r\n]*\r\x1b\[K8 tokens in", sys.stderr.getvalue())
+
+    def test_a_step_that_overflowed_in_fp16_is_shown_as_skipped(self, caplog):
+        caplog.set_level(logging.INFO)
+        row = {"step": 3, "total_steps": 9, "epoch": 1, "train_loss": None, "sample": "so"}
+        gpt2.show_step(row, rates=[100.0], seconds_left=7)
+        assert re.search("step 3/9 .*skipped.* 100 tokens/s .*0:07", caplog.text)
 
     def test_elsewhere_a_long_step_prints_plain_lines(self, at_shelf, monkeypatch):
         a_clock(monkeypatch, tick=20)  # seconds from one look at it to the next
