@@ -1149,9 +1149,9 @@ def check_white_space(text: str, source: str | Path) -> str:
     """The text. BadFile if the tokenizer would fail: it cannot take a million blanks in a row."""
     # Its own error names no file; older versions panic, which `except Exception` misses.
     # No run escapes by being cut: a piece of a text ends with a visible character (see SAFE_CUT).
-    if run := re.search(r"(?<!\s)\s{200000}", text):
-        before = text[max(0, run.start() - 30) : run.start()]
-        raise BadFile(f"{source}: over 200,000 white-space characters in a row, after {before!r}")
+    if run := re.search(r"(?<!\s)\s{200000,}", text):
+        near = " ".join(text[max(0, run.start() - 30) : run.end() + 30].split())
+        raise BadFile(f"{source}: over 200,000 white-space characters in a row, near {near!r}")
     return text
 
 
