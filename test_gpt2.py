@@ -648,6 +648,7 @@ def work_of_torchrun(settings, *words):
         gpt2.tokenize = None  # the first process does it for both
     take(dropped, out="whole")
     take(dropped | {"max_steps": 2}, out="halves")
+    refused("another --batch_size", lambda: go_on("halves", batch_size=2))
     take({"max_steps": 0}, out="halves", resume=True)
 
     def counting(model, batches, machine):
@@ -1801,6 +1802,32 @@ class TestRuns:
                 assert_same_run(folder, tmp_path / "whole")
             assert "No space left" in caplog.text
 
+    @cases("third, kept", [(4.0, 3), (6.0, 1)])
+    @cases("resumed", [False, True])
+    def test_best_is_the_lowest_that_could_be_saved(
+        self, config, tmp_path, monkeypatch, third, kept, resumed
+    ):
+        """Measured are 5, 3 and a third; the disk is full when 3 is to be saved."""
+        losses = iter([5.0, 3.0, third])
+        monkeypatch.setattr(gpt2, "evaluate", lambda *given: next(losses))
+        run = gpt2.train(config | {"eval_every": 1, "checkpoint_every": 9}, out=tmp_path)
+        next(run)
+        if resumed:
+            run.close()
+            run = gpt2.train({}, out=tmp_path, resume=True)
+        with monkeypatch.context() as full:
+            full.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
+            next(run)
+        next(run)
+        assert load(tmp_path / "best.pt")["step"] == kept
+
+    def test_after_an_error_inside_a_step_the_last_save_stays(self, config, tmp_path, monkeypatch):
+        """The weights may be changed by half."""
+        before_step(monkeypatch, 4, raising(RuntimeError("a bug")))
+        run = gpt2.train(config | {"checkpoint_every": 2, "eval_every": 9}, out=tmp_path)
+        refused("a bug", lambda: list(run), RuntimeError)
+        assert load(tmp_path / "last.pt")["step"] == 2
+
     def test_a_stopped_run_says_why_its_save_failed(self, config, tmp_path, monkeypatch, caplog):
         next(run := gpt2.train(config, out=tmp_path))
         monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
@@ -2011,6 +2038,7 @@ class TestPretrained:
     def test_an_export_says_where_texts_end_and_cuts_a_padded_vocabulary(self, tmp_path):
         padded, new = lively(SMALL | {"vocab_size": 50304}), tmp_path / "new"
         padded.save_pretrained(new)
+        assert padded.config["vocab_size"] == 50304
         weight = read_tensors(new / "model.safetensors")["wte.weight"]
         assert torch.equal(weight, padded.token_embedding.weight[:50257])
         assert read(new).config == SMALL
@@ -2653,12 +2681,20 @@ class TestCommandLine:
 
     @cases("pipe", [False, True])
     def test_prompts_are_lines_or_json_objects_of_a_file(self, say, monkeypatch, pipe):
-        write("asked.txt", 'Once\n\n{"prompt": "Say"}\r\n{"prompt": "<|endoftext|>"}\n Thrice\r\n')
+        write(
+            "asked.txt",
+            'Once\n\n{"prompt": "Say"}\r\n{"prompt": "<|endoftext|>"}\n Th\u2028r\fice\r\n',
+        )
         with open("asked.txt", encoding="utf-8", newline="") as sent:
             monkeypatch.setattr(sys, "stdin", sent)
             given = ["--prompts", "-" if pipe else "asked.txt", "--json", "--stop", "."]
             rows = [json.loads(line) for line in say([" and so", "."], *given).splitlines()]
-        assert [row["prompt"] for row in rows] == ["Once", "Say", "<|endoftext|>", " Thrice"]
+        assert [row["prompt"] for row in rows] == [
+            "Once",
+            "Say",
+            "<|endoftext|>",
+            " Th\u2028r\fice",
+        ]
         assert [row["text"] for row in rows[:3]] == [" and so"] * 3
 
     def test_json_is_an_object_for_each_sample(self, say):
