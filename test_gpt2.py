@@ -865,9 +865,10 @@ class TestTraining:
     def test_a_run_is_measured_once_an_epoch_or_as_asked(self, config, whole, one_window):
         assert [row["step"] for row in metrics_of(whole) if "val_loss" in row] == [*range(2, 17, 2)]
         given = one_window | {"epochs": 25.0, "batch_size": 1, "val_data": one_window["data"]}
-        for change, steps in (({}, [2, 4]), ({"eval_every": 3}, [3])):
+        for change, steps in (({}, [2, 4]), ({"eval_every": 3}, [3]), ({"val_data": ""}, [2, 4])):
             rows = take(given | {"max_steps": 5} | change)
-            assert [row["step"] for row in rows if "val_loss" in row] == steps
+            measured = [] if "val_data" in change else steps
+            assert [row["step"] for row in rows if "val_loss" in row] == measured
             assert [row["step"] for row in rows if "sample" in row] == [*steps, 5]
 
     def test_a_row_is_true_and_max_steps_leaves_the_schedule_alone(self, config, whole, tokenizer):
@@ -1326,6 +1327,8 @@ class TestDataFiles:
         assert tokens_in(",".join(["xzy.txt", *["d/b.txt"] * 99])).count(END) == 99
         assert tokens_in("x,y.txt") == parts[3]  # one file, whose name has a comma
         assert tokens_in("the-verdict.txt") == tokenizer.encode(VERDICT)  # beside gpt2.py
+        write(Path(".cache/text/a.txt"), "one\n")  # the folder that is named may be hidden
+        assert tokens_in(".cache/text") == tokens_in(".cache") == one
 
     @cases("data", ["no", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"])
     def test_files_that_are_missing_or_do_not_fit_are_named(self, cli, data):
@@ -1566,6 +1569,9 @@ class TestRuns:
         first = metrics_of(tmp_path / "whole")[0]["train_loss"]
         assert first != approx(next(gpt2.train(dropped, out=None))["train_loss"], rel=1e-5)
 
+    def test_tokens_are_counted_exactly_above_16_million(self):
+        assert gpt2.Machine.sum(2**24 + 1) == 2**24 + 1
+
     def test_spawned_processes_write_once_and_leave_together(self, config, tmp_path, monkeypatch):
         """Without RANK: the process group says which one writes."""
         monkeypatch.chdir(tmp_path)
@@ -1579,7 +1585,7 @@ class TestRuns:
         """Another text under the same name is another one, and one to validate on has its own."""
         folder = copied(2)
         given = config | {"val_data": config["data"], "max_steps": 1}
-        for content in (VERDICT[:300], VERDICT[:310]):
+        for content in (VERDICT[:300], VERDICT[300:600]):
             text = write(folder / "text.txt", content)
             take(given | {"data": str(text)}, out=folder / "new", overwrite=True)
             found = [gpt2.map_tokens(path).tolist() for path in folder.glob("new/tokens-*.bin")]
@@ -1728,6 +1734,9 @@ class TestRuns:
         folder = copied(12)
         write(folder / "last.pt.part", "left by a kill")
         refused("--resume.*--overwrite.*--out", lambda: next(gpt2.train(config, out=folder)))
+        last = shutil.move(folder / "last.pt", folder / "moved.pt")  # best.pt is a run's, too
+        refused("--resume.*--overwrite.*--out", lambda: next(gpt2.train(config, out=folder)))
+        shutil.move(last, folder / "last.pt")
         assert len(metrics_of(folder)) == 12
         given = config | {"val_fraction": 0.0, "checkpoint_every": 2, "max_steps": 2}
         run = gpt2.train(given, out=folder, overwrite=True)
@@ -2696,6 +2705,10 @@ class TestCommandLine:
             " Th\u2028r\fice",
         ]
         assert [row["text"] for row in rows[:3]] == [" and so"] * 3
+
+    def test_what_may_begin_the_longest_stop_text_is_not_shown(self, say):
+        given = ["--stop", "!", "--stop", " so on"]
+        assert say([" and", " so", " on", "."], "Once", *given) == "Once and\n"
 
     def test_json_is_an_object_for_each_sample(self, say):
         pieces = [" and", " so", "<|endoftext|>"]
