@@ -51,6 +51,7 @@ long_test = pytest.mark.skipif(not os.environ.get("GPT2_LONG_TESTS"), reason="GP
 
 HERE = Path(__file__).resolve().parent
 VERDICT = (HERE / "the-verdict.txt").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
 END = 50256  # <|endoftext|>
 VOCABULARY = {  # OpenAI's files, under the names that `transformers` gives them
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -415,8 +416,7 @@ class TestBlock:
     def test_the_norm_to_read_is_pytorchs(self):
         """Also for a vector of equal numbers, whose variance is 0."""
         norm, theirs = gpt2.LayerNorm(12), nn.LayerNorm(12, eps=1e-5)
-        for ours, parameter in zip(norm.parameters(), theirs.parameters(), strict=True):
-            ours.data = parameter.data = torch.randn(12)
+        norm.weight.data, norm.bias.data = theirs.weight.data, theirs.bias.data = torch.randn(2, 12)
         x = torch.cat([3 * torch.randn(2, 5, 12) + 1, torch.ones(2, 1, 12)], dim=1)
         torch.testing.assert_close(norm(x), theirs(x))
 
@@ -802,7 +802,7 @@ class TestTraining:
         epochs = epochs_of(gpt2.TextDataset(range(80), 8, stride), 40)
         cuts = [{x[0] for x, _ in epoch} - {0, 71} for epoch in epochs]
         assert {start for cut in cuts for start in cut} == set(range(1, 71))
-        assert sum(a != b for a, b in itertools.pairwise(cuts)) > 25
+        assert len({min(b) - min(a) for a, b in itertools.pairwise(cuts)}) > 2  # at random
 
     @cases("clip, share", [(0.0, 1.0), (1e6, 1.0), (0.5, None)])
     def test_a_step_is_that_of_one_big_batch_also_where_targets_are_unequal(self, clip, share):
@@ -833,6 +833,7 @@ class TestTraining:
         network = SimpleNamespace(no_sync=lambda: apart.append(1) or contextlib.nullcontext())
         batches = [(some_ids(1, 3), some_ids(1, 3))] * 3
         assert [len(apart) for _ in machine.micro_batches(network, batches)] == [1, 2, 2]
+        assert machine.sum(2**24 + 1) == 2**24 + 1  # tokens, counted exactly
 
     def test_a_run_clips_its_gradient_and_reports_it_before_that(self, config, tmp_path):
         rows = [take(config | {"grad_clip": 0.01, "max_steps": 1}, out=tmp_path)[0]]
@@ -1300,15 +1301,7 @@ class TestDataFiles:
         items = gpt2.Shuffled(range(count), seed=3)
         last = [items[i] for i in range(2**24, count)]
         assert len(items) == count and sorted(last) == list(range(2**24, count))
-        first = [items[i] for i in range(99)]
-        assert len(set(first)) == 99 and 2**20 < max(first) < 2**24
-
-    def test_each_epoch_cuts_a_text_at_another_random_place(self):
-        text = gpt2.TextDataset(range(200), context_length=64, stride=32)
-        seeds = [gpt2.mix_seeds(42, epoch) for epoch in range(12)]
-        cuts = [min(int(x[0]) for x, _ in text.for_epoch(seed) if x[0] > 0) for seed in seeds]
-        moves = {after - before for before, after in itertools.pairwise(cuts)}
-        assert len(set(cuts)) > 6 and len(moves) > 6
+        assert 2**20 < max(items[i] for i in range(99)) < 2**24
 
     def test_no_file_is_dropped_and_no_hint_names_what_a_command_lacks(self, cli):
         parsed = gpt2.parse(["train", "a", "--data", "b", "--data", "c", "d"])
@@ -1318,7 +1311,7 @@ class TestDataFiles:
     def test_documents_of_folders_and_files_are_joined_by_the_token(self, cli, tokenizer):
         files = {"d/b.txt": "two", "d/c/a.JSONL": '{"text": "three"}\n{"text": "four"}'}
         files |= {"d/a.txt": "one\n", "d/.hidden": b"\xff", "d/.git/config": b"\xff"}
-        files |= dict.fromkeys(("x,y.txt", "xzy.txt"), "five")
+        files |= dict.fromkeys(("x,y.txt", "xzy.txt", "x/.y/z.txt"), "five")
         for name, content in files.items():
             write(Path(name), content)
         one, *parts = [tokenizer.encode(text) for text in ("one\n", "two", "three", "four", "five")]
@@ -1327,8 +1320,7 @@ class TestDataFiles:
         assert tokens_in(",".join(["xzy.txt", *["d/b.txt"] * 99])).count(END) == 99
         assert tokens_in("x,y.txt") == parts[3]  # one file, whose name has a comma
         assert tokens_in("the-verdict.txt") == tokenizer.encode(VERDICT)  # beside gpt2.py
-        write(Path(".cache/text/a.txt"), "one\n")  # the folder that is named may be hidden
-        assert tokens_in(".cache/text") == tokens_in(".cache") == one
+        assert tokens_in("x/.y") == parts[3]  # the folder that is named may be hidden
 
     @cases("data", ["no", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"])
     def test_files_that_are_missing_or_do_not_fit_are_named(self, cli, data):
@@ -1568,9 +1560,6 @@ class TestRuns:
         assert_same_run(tmp_path / "halves", tmp_path / "whole")
         first = metrics_of(tmp_path / "whole")[0]["train_loss"]
         assert first != approx(next(gpt2.train(dropped, out=None))["train_loss"], rel=1e-5)
-
-    def test_tokens_are_counted_exactly_above_16_million(self):
-        assert gpt2.Machine.sum(2**24 + 1) == 2**24 + 1
 
     def test_spawned_processes_write_once_and_leave_together(self, config, tmp_path, monkeypatch):
         """Without RANK: the process group says which one writes."""
@@ -1813,9 +1802,7 @@ class TestRuns:
 
     @cases("third, kept", [(4.0, 3), (6.0, 1)])
     @cases("resumed", [False, True])
-    def test_best_is_the_lowest_that_could_be_saved(
-        self, config, tmp_path, monkeypatch, third, kept, resumed
-    ):
+    def test_best_is_the_lowest_saved(self, config, tmp_path, monkeypatch, third, kept, resumed):
         """Measured are 5, 3 and a third; the disk is full when 3 is to be saved."""
         losses = iter([5.0, 3.0, third])
         monkeypatch.setattr(gpt2, "evaluate", lambda *given: next(losses))
@@ -2555,8 +2542,7 @@ class TestCommandLine:
     @cases("seconds, shown", [(59.6, "1:00"), (9, "0:09"), (725, "12:05"), (3599.7, "1 h 00 min")])
     def test_times_are_those_of_a_clock(self, seconds, shown):
         assert gpt2.duration(seconds) == shown
-        assert gpt2.duration(48 * 3600) == "2 days"
-        assert gpt2.duration(400_599 * 60) == "278 days"
+        assert [gpt2.duration(hours * 3600) for hours in (48, 6677)] == ["2 days", "278 days"]
 
     @cases("between", ["_", "-"])
     def test_every_key_is_an_option_with_dashes_too(self, cli, config, between):
@@ -2618,6 +2604,8 @@ class TestCommandLine:
         before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
         last = cli("train", *words(config)).err.splitlines()[-1]
         assert "torchrun --standalone --nproc_per_node=2 gpt2.py train --resume" in last
+        monkeypatch.setattr(gpt2, "process_rank", lambda: 1)
+        assert "no.txt" in cli("eval", "--data", "no.txt").err  # each says what ends it
 
     def test_auto_resume_begins_a_run_and_goes_on_with_one(self, cli, config, whole):
         """The same command each time, as a scheduler gives it."""
@@ -2706,10 +2694,6 @@ class TestCommandLine:
         ]
         assert [row["text"] for row in rows[:3]] == [" and so"] * 3
 
-    def test_what_may_begin_the_longest_stop_text_is_not_shown(self, say):
-        given = ["--stop", "!", "--stop", " so on"]
-        assert say([" and", " so", " on", "."], "Once", *given) == "Once and\n"
-
     def test_json_is_an_object_for_each_sample(self, say):
         pieces = [" and", " so", "<|endoftext|>"]
         asked = [["--max_tokens", 2], ["--stop", "o"], []]
@@ -2730,6 +2714,7 @@ class TestCommandLine:
             (["again", "lo wo"], " Hel"),  # the first in the text
             (["lo wo", "again"], " Hel"),
             (["again!"], " Hello world again"),  # begins, but does not come
+            (["!", " world aga"], " Hello"),  # a token that may begin the longest is held back
         ],
     )
     def test_a_stop_text_ends_before_it(self, say, stops, text, samples):
@@ -2998,18 +2983,16 @@ class TestProject:
         ran(book)
 
     def test_what_the_readme_links_to_exists(self):
-        text = (HERE / "README.md").read_text("utf-8")
-        targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|href)="([^"#]+)', text)
+        targets = re.findall(r'(?:\]\(|src="|href=")([^)#"\s]+)', README)
         here = [target for target in targets if not target.startswith("https://")]
         assert len(here) > 3 and [target for target in here if not (HERE / target).exists()] == []
 
     def test_the_commands_of_the_readme_are_understood(self):
-        text = (HERE / "README.md").read_text("utf-8")
-        commands = list(commands_of(text))
+        commands = list(commands_of(README))
         assert {"train", "generate", "eval", "export"} <= {words[0] for words in commands if words}
         for given in filter(None, commands):
             gpt2.parse(given)
-        assert "python -m pytest -q" in text and "pip install -r requirements.txt" in text
+        assert "python -m pytest -q" in README and "pip install -r requirements.txt" in README
 
     def test_requirements_are_pinned_and_no_others_than_the_cards(self):
         text = (HERE / "requirements.txt").read_text("utf-8")
