@@ -128,7 +128,7 @@ class MultiHeadAttention(nn.Module):
     all C numbers of a token:
 
         scores = queries @ keys.transpose(2, 3) / math.sqrt(D)    # (B, H, T, T)
-        scores = scores.masked_fill(future, -math.inf)            # as in CausalAttention
+        scores = scores.masked_fill(future[:T, :T], -math.inf)    # as in CausalAttention
         weights = dropout(torch.softmax(scores, dim=-1))          # (B, H, T, T)
         heads = weights @ values                                  # (B, H, T, D)
 
@@ -335,7 +335,7 @@ IGNORE_INDEX = -100  # a target that no loss counts, as PyTorch has it
 
 @functools.lru_cache(maxsize=1)
 def load_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from the copy beside this file.
+    """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from .tiktoken beside this file.
 
     A token is a byte, or two tokens that often follow each other, joined: 256 bytes, 50,000 pairs,
     and `<|endoftext|>`, which stands between documents, make 50,257.
@@ -388,7 +388,8 @@ class GPTDataset(torch.utils.data.Dataset):
         self.offset = offset
         self.last_start = len(self.token_ids) - context_length - 1
         if self.last_start < 0:
-            raise ValueError(f"{len(self.token_ids)} tokens: lower context_length {context_length}")
+            tokens = f"{len(self.token_ids)} tokens are too few"
+            raise ValueError(f"{tokens} for context_length {context_length}: lower it")
 
     def __len__(self) -> int:
         return math.ceil(self.last_start / self.stride) + (2 if self.offset else 1)
@@ -415,7 +416,7 @@ def collate(items: Sequence[tuple[Tensor, Tensor]]) -> Batch:
 # ---- 5. CONFIG: every setting of a run. `python gpt2.py train --KEY VALUE` changes one ----
 
 CONFIG: dict[str, Any] = {
-    # The model: GPT-2 in everything but size
+    # The model: GPT-2, but smaller, and without its dropout of 0.1
     "vocab_size": 50257,  # tokens in the vocabulary
     "context_length": 64,  # tokens that the model sees at once
     "emb_dim": 128,  # width of a token's vector
@@ -547,9 +548,14 @@ def train_step(
 
     Batches are (x (B, T), y (B, T)). Their gradients add up, then the optimizer steps once: the
     effect of one big batch, in the memory of a small one. In one process and in float32, `machine`
-    adds little: `micro_batches` moves batches to the device, `autocast` changes nothing, `sum(v)`
-    is `float(v)`, `backward(loss)` is `loss.backward()`, `clip_gradients` is PyTorch's
-    `clip_grad_norm_`, and `step(optimizer)` is `optimizer.step()`.
+    is plain PyTorch:
+
+        machine.sum(value)             float(value)
+        machine.micro_batches(…)       the batches, on the device
+        machine.autocast()             nothing
+        machine.backward(loss)         loss.backward()
+        machine.clip_gradients(…)      nn.utils.clip_grad_norm_(…)
+        machine.step(optimizer)        optimizer.step()
     """
     # How many targets the whole step has, in all batches of all processes.
     n_targets = machine.sum(sum(int((y != IGNORE_INDEX).sum()) for _, y in batches))
@@ -564,8 +570,8 @@ def train_step(
         machine.backward(loss)  # adds to the gradients
         total += loss.detach()
 
-    # One bad batch can have a gradient a hundred times as long as others: clipped, it does no more
-    # harm than they do.
+    # One bad batch can have a gradient a hundred times as long as others. Clipped, it keeps its
+    # direction, and weighs no more than they do.
     norm = machine.clip_gradients(optimizer, grad_clip)
     machine.step(optimizer)  # moves the weights against the gradients
     optimizer.zero_grad()  # or the next step would add to these
@@ -694,9 +700,10 @@ class KeyValueCache:
         tokens = queries.size(2)
         keys, values = self.append(keys, values)  # (B, H, S, D) each
 
-        # Query t stands at position S - T + t and sees the keys up to there. A single new token
-        # sees them all; the first tokens of all are the plain causal case.
-        mask, causal = None, tokens == self.length
+        # Query t stands at position S - T + t and sees the keys up to there. The first tokens of
+        # all are the plain causal case; one new token sees all; several new ones need a mask.
+        mask = None
+        causal = tokens == self.length
         if 1 < tokens < self.length:
             mask = torch.ones(tokens, self.length, dtype=torch.bool, device=queries.device)
             mask = mask.tril(self.length - tokens)  # (T, S), True where a query may look
@@ -763,10 +770,10 @@ def next_token_probabilities(
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """probabilities (B, V) -> token ids (B, 1), each drawn with its probability.
 
-    A race: token i arrives after an exponentially distributed time with mean 1 / p_i, and comes
-    first with probability p_i. Such a time is `waiting` / p_i, where `waiting` has mean 1: so the
-    first token is the one with the largest p_i / waiting. `torch.multinomial` draws from the same
-    distribution, but waits for the device twice.
+    As `torch.multinomial`, but without its two waits for the device, by a race: token i arrives
+    after an exponentially distributed time with mean 1 / p_i, and comes first with probability p_i.
+    Such a time is `waiting` / p_i, where `waiting` has mean 1: so the first token is the one with
+    the largest p_i / waiting.
     """
     waiting = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / waiting).argmax(dim=-1, keepdim=True)
@@ -1497,7 +1504,7 @@ def evaluation_set(data: Tensor | list[Example], context_length: int, name: str)
     if isinstance(data, list):
         return CompletionDataset(data, context_length)
     if len(data) < 2:
-        raise BadFile(f"{name} has one token to measure: there is nothing to predict")
+        raise BadFile(f"{name} has one token to measure, none to predict: give more")
     return TextDataset(data, min(context_length, len(data) - 1))
 
 
@@ -1722,7 +1729,7 @@ def free_memory(device: torch.device) -> float:
     """Bytes that the device can still give; infinity where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, LookupError):
         text = Path("/proc/meminfo").read_text().partition("MemAvailable:")[2]
         return int(text.split()[0]) * 1024
     return math.inf
@@ -1838,7 +1845,8 @@ class Run:
             log.info("compile   the first steps take a minute")
         progress.info("computing the first step")
         while self.step < self.total_steps:
-            # The mean, so that all stop together: after a failed save, the first counts otherwise.
+            # The mean, so that all stop together: their own counts may differ, since after a failed
+            # save the first process goes back to an older lowest loss.
             patience = self.config["patience"]
             if patience and self.machine.sum(self.stale) >= patience * self.machine.world:
                 log.info(f"stopped   {self.stale} measurements brought no lower validation loss")
@@ -1849,11 +1857,11 @@ class Run:
     def is_due(self, key: str) -> bool:
         """Whether `eval_every` or `checkpoint_every` falls on this step of the schedule."""
         # 0 means: once an epoch, but ten times a run at least, and fifty at most.
-        often = min(self.steps_per_epoch, math.ceil(self.schedule_steps / 10))
-        often = self.config[key] or max(often, self.schedule_steps // 50)
+        interval = min(self.steps_per_epoch, math.ceil(self.schedule_steps / 10))
+        interval = self.config[key] or max(interval, self.schedule_steps // 50)
         # A step of a large model takes minutes: nobody is to lose more than ten of them.
         late = time.monotonic() - self.saved_at > SECONDS_BETWEEN_SAVES
-        on_time = self.step % often == 0 or self.step == self.schedule_steps
+        on_time = self.step % interval == 0 or self.step == self.schedule_steps
         return on_time or (late and key == "checkpoint_every")
 
     def count_step(
@@ -2505,6 +2513,8 @@ def load_folder(folder: Path) -> GPT2:
 
 def load_file(path: Path) -> GPT2:
     """The model of a checkpoint: one of ours, or nanoGPT's ckpt.pt."""
+    if path.suffix == ".safetensors":
+        raise BadFile(f"{path} holds weights without a config: give its folder")
     checkpoint = load_pickled(path)
     if isinstance(checkpoint, dict) and "model_args" in checkpoint:
         names = CONFIG_NAMES | {"context_length": "block_size", "dropout_rate": "dropout"}
@@ -2546,14 +2556,14 @@ def find_model(name_or_path: str | Path) -> Path | None:
         if found.exists():
             return found
 
-    named = str(path) in OPENAI_SIZES
+    named = str(name_or_path) in OPENAI_SIZES  # "./gpt2" is a path
     if named and path.is_dir() and not (path / "config.json").exists():
         raise BadFile(f"a folder {path} that is no model hides OpenAI's {path}: rename it")
     if path.exists():
         return path
     if not named:
         advice = f"make one with python gpt2.py train, or give one of {', '.join(OPENAI_SIZES)}"
-        raise FileNotFoundError(f"there is no model {str(path)!r}: {advice}")
+        raise FileNotFoundError(f"there is no model {str(name_or_path)!r}: {advice}")
     return None
 
 
@@ -2935,7 +2945,7 @@ def run_train(args: argparse.Namespace) -> None:
         show_step(row, rates, seconds_left)
 
         if count == 10 and seconds_left > 86400:
-            advice = "lower --epochs, --max_steps or the model's size, or raise --stride"
+            advice = "lower --epochs or the model's size, give --max_steps, or raise --stride"
             log.warning(f"time      this run takes {duration(seconds_left)}: {advice}")
 
         # All processes stop at the same step, whichever of them got the signal. After the last step
@@ -3471,6 +3481,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         advice = hint(unknown[0], COMMANDS[known.command].options)
         parser.error(f"{known.command} does not know {unknown[0]}{advice}")
     if given["command"] in ("train", "eval") and (files := given["files"] + given.get("data", [])):
+        if len(files) > 1 and (
+            odd := [file for file in files if "," in file and Path(file).exists()]
+        ):
+            parser.error(f"{odd[0]}: give a file whose name has a comma alone, or in a folder")
         given["data"] = ",".join(files)
     return argparse.Namespace(**DEFAULTS | given, given=given)
 
@@ -3491,7 +3505,7 @@ def what_went_wrong(error: Exception) -> str | None:
         return text
     # PyTorch has no exception class for this on a CPU: its text is all there is.
     if isinstance(error, MemoryError) or re.search("out of memory|n't allocate memory", text):
-        return "out of memory: lower batch_size, context_length or emb_dim"
+        return "out of memory: lower batch_size, context_length, emb_dim or num_samples"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: leave --compile out, or mend this: {text:.200}"
     return None

@@ -2364,7 +2364,7 @@ def shelf(tmp_path_factory, config):
     save_model(lively(TINY), folder / "few.pt")
     take(config | {"max_steps": 1}, out=folder / "run")
     texts = {"good.txt": VERDICT[:2000], "one.txt": "a", "empty.txt": "", "asked.txt": 'Once\n{"a'}
-    for name, text in texts.items():
+    for name, text in (texts | dict.fromkeys(("x,y.txt", "weights.safetensors"), "a")).items():
         write(folder / name, text)
     return folder
 
@@ -2455,14 +2455,11 @@ def train_and_hang(*given):
 
 # Command lines, each with what its error names.
 BAD_LINES = [
-    ("nonsense", "nonsense"),
-    ("export", "folder"),
     ("train --epohcs 3", "did you mean --epochs"),
     ("generate --temp 3", "did you mean --temperature"),
     ("train --epochs many", "many"),
     ("train --precision int8", "'int8'"),
     ("train --device xpu", "'xpu'"),
-    ("train --model_size gpt3", "gpt2-medium"),
     ("train --vocab_size 61", "vocab_size 61"),
     ("train good.txt missing.txt", "missing.txt"),
     ("train --init gpt2 --val_data missing.txt", "missing.txt"),  # before a download
@@ -2476,6 +2473,9 @@ BAD_LINES = [
     ("generate Once --model good.pt --prompts good.txt", "exclude each other"),
     ("generate --model good.pt --prompts asked.txt", "asked.txt, prompt 2"),
     ("generate --model good.pt --prompts empty.txt", "empty.txt"),
+    ("info ./gpt2", "no model './gpt2'"),  # a path, not OpenAI's name
+    ("info weights.safetensors", "give its folder"),
+    ("train x,y.txt good.txt", "x,y.txt"),
     ("eval --model gpt2 --stride -5", "stride is -5"),
     ("eval --model gpt2 --data missing.txt", "missing.txt"),
     ("eval --model good.pt --data one.txt", "one.txt"),
