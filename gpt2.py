@@ -527,7 +527,7 @@ def batches_of_step(
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed over targets but -100.
+    """logits (B, T, V), targets (B, T) -> cross-entropy in nats, summed; -100 does not count.
 
     For one target it is -log of the probability that the model gave it (nats: the natural log).
     A model that knows nothing gives each token 1 / V, and has a loss of log(50257) = 10.8.
