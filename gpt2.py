@@ -1964,7 +1964,7 @@ class Run:
         if self.saved_step != self.step:
             self.save()
         if self.machine.skipped:
-            log.warning(f"the last {self.machine.skipped} steps were skipped: fp16 overflowed")
+            log.warning(f"skipped at the end, where fp16 overflowed: {self.machine.skipped}")
         if self.folder and self.metrics:
             try:
                 draw = functools.partial(plot_losses, self.folder / "metrics.jsonl")

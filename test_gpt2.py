@@ -115,7 +115,7 @@ def whole(tmp_path_factory, config):
     """The folder of a run that nothing disturbed; in it folders 1, 2, … as each step left it."""
     folder = tmp_path_factory.mktemp("whole")
     for row in gpt2.train(config | {"checkpoint_every": 1}, out=folder):
-        kept = shutil.ignore_patterns("?", "1?", "2?")
+        kept = shutil.ignore_patterns(*map(str, range(row["step"])))  # the folders before this one
         shutil.copytree(folder, folder / str(row["step"]), ignore=kept)
     return folder
 
@@ -611,17 +611,11 @@ FP16 = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1, "eval_ever
 
 # Another value of these keys makes another run: resuming refuses it.
 KEPT = {"vocab_size": 50304, "context_length": 9, "emb_dim": 16, "n_heads": 1, "n_layers": 2}
-
-
 KEPT |= {"dropout_rate": 0.2, "qkv_bias": False, "val_fraction": 0.2, "max_val_tokens": 9}
-
-
 KEPT |= {"stride": 3, "weight_decay": 0.2, "grad_clip": 2.0, "seed": 7, "precision": "bf16"}
 
 
 SAID = {"epochs": 3.0, "schedule_steps": 20, "learning_rate": 5e-4}  # may change, which is said
-
-
 SAID |= {"min_learning_rate": 1e-5, "warmup_steps": 5}
 
 
@@ -1283,11 +1277,7 @@ class TestDataFiles:
             ("a.jsonl", '{"prompt": "a", "choices": ["", "b"], "answer": 1}\n', "choices"),
             ("a.csv", "prompt,completion,end\na,<|endoftext|>,false\n", "line 2.*predict"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2, byte 14.*0xe9"),
-            (
-                "a.jsonl",
-                '{"text": ' + "1" * 5000 + "}\n",
-                "line 1",
-            ),  # more digits than Python reads
+            ("a.jsonl", f'{{"text": {"1" * 5000}}}\n', "line 1"),  # above what Python reads
             ("a.jsonl", '{"text": "a"}\n{"text": true}\n', "line 2.*True"),
             ("a.csv", "prompt,completion\nhi\n", "line 2.*completion"),
             ("a.csv", "prompt,completion\nhi,yes, please\n", "line 2"),  # an unquoted comma
@@ -1519,9 +1509,10 @@ class TestRuns:
         refused("learning_rate", lambda: list(run), FloatingPointError)
         assert 10 < len(metrics_of(tmp_path)) < 40
 
-    def test_rows_are_json_and_a_picture_also_where_a_loss_is_no_number(self, config, tmp_path):
+    def test_where_a_loss_is_no_number_rows_are_json_and_it_is_said(self, config, tmp_path, caplog):
         given = config | FP16 | {"eval_every": 1, "max_steps": 1}
         take(given, out=tmp_path, init=lively(SMALL, scale=300))
+        assert "skipped at the end, where fp16 overflowed: 1" in caplog.text
         text = (tmp_path / "metrics.jsonl").read_text("utf-8")
         json.loads(text, parse_constant=raising(AssertionError(text)))
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -1711,6 +1702,17 @@ class TestRuns:
         result = cli("train", *words(config | {"max_steps": 1}))
         assert result.code == 0 and "cannot be locked" in result.err
 
+    def test_on_windows_a_byte_is_locked_that_nobody_reads(self, tmp_path, monkeypatch):
+        held = []
+        stand_in = SimpleNamespace(LK_NBLCK=2, locking=lambda *given: held.append(given[1:]))
+        monkeypatch.setitem(sys.modules, "msvcrt", stand_in)
+        with open(tmp_path / "metrics.jsonl", "ab") as file, monkeypatch.context() as windows:
+            windows.setattr(os, "name", "nt")
+            gpt2.lock(file)
+            held.append(file.tell())
+            assert gpt2.quoted(["a b", "c"]) == '"a b" c'  # not in the quotes of other shells
+        assert held == [(2, 1), 2**30] and not os.path.getsize(tmp_path / "metrics.jsonl")
+
     @cases("out", ["file", "file/below", "folder"])
     def test_a_folder_is_tried_before_the_first_step(self, config, tmp_path, monkeypatch, out):
         write(tmp_path / "file", "precious")
@@ -1889,17 +1891,11 @@ class TestRuns:
 # ---- 10. Pretrained ----
 
 LETTERS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.int8: "I8"}
-
-
 LETTERS |= {torch.bfloat16: "BF16", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 WRONG_CONFIG = {"model_type": "llama", "activation_function": "gelu", "layer_norm_epsilon": 1e-6}
-
-
 WRONG_CONFIG |= {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
-
-
 WRONG_CONFIG |= {"tie_word_embeddings": False, "n_embd": "wide", "n_head": 5, "n_positions": 9}
 
 
@@ -1915,8 +1911,6 @@ OTHER_WEIGHTS = {  # what is said of them, and what is other than in GPT-2
 
 
 NO_MODELS = {"adapter": "adapter_config.json adapter_model.safetensors", "config.json": "readme.md"}
-
-
 NO_MODELS |= {"TensorFlow": "config.json tf_model.h5", "model.safetensors": "config.json"}
 
 
@@ -2467,6 +2461,7 @@ BAD_LINES = [
     ("train --init gpt2 --out run", "--resume"),  # before a download
     ("generate --model gpt2 --temperature -1", "temperature is -1"),  # before a download
     ("generate --model gpt2 --max_tokens 0", "max_tokens is 0"),
+    ("generate --model good.pt --num_samples 10001", "from 1 to 10000"),
     ("generate --model few.pt", "few.pt"),
     ("generate --model good.pt --do_sample --seed -1", "seed is -1"),
     ("generate --model good.pt --input a", "--instruct"),
@@ -2571,6 +2566,8 @@ class TestCommandLine:
             assert saved["config"]["learning_rate"] == 1e-4
             moved = load(whole / "best.pt")["model"][name] - saved["model"][name]
             assert 0 < moved.abs().max() < 1e-3
+        worse = cli("train", "--init", init, *words(rest), "--learning_rate=9", "--overwrite")
+        assert " before the first step: that model is best.pt" in worse.err
 
     @cases("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
     def test_a_signal_saves_and_says_what_next(self, cli, config, whole, monkeypatch, name, status):
@@ -2590,6 +2587,7 @@ class TestCommandLine:
         assert result.code == 0 and load("checkpoints/last.pt")["step"] == 3
         assert "--resume" not in result.err and pasted(result, "generate")
         assert "step 3 was not measured" in result.err
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # nothing is left to be finished
 
     def test_a_second_signal_does_not_wait_for_the_step(self, config, tmp_path):
         command = calling(train_and_hang, *words(config), "--checkpoint_every=1", "--out=run")
@@ -2678,20 +2676,14 @@ class TestCommandLine:
 
     @cases("pipe", [False, True])
     def test_prompts_are_lines_or_json_objects_of_a_file(self, say, monkeypatch, pipe):
-        write(
-            "asked.txt",
-            'Once\n\n{"prompt": "Say"}\r\n{"prompt": "<|endoftext|>"}\n Th\u2028r\fice\r\n',
-        )
+        lines = ["Once\n\n", '{"prompt": "Say"}\r\n', '{"prompt": "<|endoftext|>"}\n']
+        write("asked.txt", "".join([*lines, " Th\u2028r\fice\r\n"]))
         with open("asked.txt", encoding="utf-8", newline="") as sent:
             monkeypatch.setattr(sys, "stdin", sent)
             given = ["--prompts", "-" if pipe else "asked.txt", "--json", "--stop", "."]
             rows = [json.loads(line) for line in say([" and so", "."], *given).splitlines()]
-        assert [row["prompt"] for row in rows] == [
-            "Once",
-            "Say",
-            "<|endoftext|>",
-            " Th\u2028r\fice",
-        ]
+        prompts = ["Once", "Say", "<|endoftext|>", " Th\u2028r\fice"]
+        assert [row["prompt"] for row in rows] == prompts
         assert [row["text"] for row in rows[:3]] == [" and so"] * 3
 
     def test_json_is_an_object_for_each_sample(self, say):
