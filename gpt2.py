@@ -1824,7 +1824,6 @@ class Run:
     stale: int = 0  # measurements since then
     saved_best: tuple[float, int] = (math.inf, 0)  # of the best.pt that was written
     saved_step: int = -1  # of last.pt, or of the last attempt
-    saved_at: float = dataclasses.field(default_factory=time.monotonic)
     step_began: float = 0.0
     failed: bool = False  # the last attempt
 
@@ -1837,6 +1836,7 @@ class Run:
         of_epochs = math.ceil(config["epochs"] * self.steps_per_epoch)
         self.schedule_steps = config["schedule_steps"] or of_epochs
         self.total_steps = min(self.schedule_steps, config["max_steps"] or self.schedule_steps)
+        self.saved_at = time.monotonic()
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps to come, until the last, or until patience ends."""

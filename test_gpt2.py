@@ -606,6 +606,7 @@ class TestConfig:
 # ---- Helpers of training and runs ----
 
 STEPS = 16  # of the runs that `config` describes: two epochs of 8, in whose last is one window
+RARELY = {"checkpoint_every": 99, "eval_every": 99}
 FP16 = {"precision": "fp16", "batch_size": 1, "grad_accumulation": 1, "eval_every": 99}
 
 
@@ -1310,6 +1311,7 @@ class TestDataFiles:
         assert tokens_in(",".join(["xzy.txt", *["d/b.txt"] * 99])).count(END) == 99
         assert tokens_in("x,y.txt") == parts[3]  # one file, whose name has a comma
         assert tokens_in("the-verdict.txt") == tokenizer.encode(VERDICT)  # beside gpt2.py
+        assert tokens_in(write(Path("the-verdict.txt"), "one\n")) == one  # here comes first
         assert tokens_in("x/.y") == parts[3]  # the folder that is named may be hidden
 
     @cases("data", ["no", "a.txt,no.txt", "a.txt,a.jsonl", "a.jsonl,a.txt", "a.bin,a.txt"])
@@ -1515,7 +1517,9 @@ class TestRuns:
         assert "skipped at the end, where fp16 overflowed: 1" in caplog.text
         text = (tmp_path / "metrics.jsonl").read_text("utf-8")
         json.loads(text, parse_constant=raising(AssertionError(text)))
-        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+        head = (tmp_path / "loss.png").read_bytes()[:24]
+        sizes = [int.from_bytes(head[place : place + 4], "big") for place in (16, 20)]
+        assert head[:4] == b"\x89PNG" and sizes == [700, 400]
 
     def test_rank_without_world_size_is_one_process_that_writes(self, cli, config, monkeypatch):
         monkeypatch.setenv("RANK", "1")
@@ -1746,23 +1750,23 @@ class TestRuns:
         assert steps == saved
 
     def test_a_run_is_saved_when_ten_minutes_have_passed(self, config, tmp_path, monkeypatch):
-        assert gpt2.SECONDS_BETWEEN_SAVES == 600
-        run = gpt2.train(config | {"checkpoint_every": 99, "eval_every": 99}, out=tmp_path)
-        for step, seconds in ((1, 600), (2, -1), (3, -1), (4, 600)):
-            monkeypatch.setattr(gpt2, "SECONDS_BETWEEN_SAVES", seconds)
-            assert "val_loss" not in next(run)
-            path = tmp_path / "last.pt"
-            assert (load(path)["step"] if path.exists() else 0) == (0, 2, 3, 3)[step - 1]
+        a_clock(monkeypatch, step=200.2)
+        run, path, saved = gpt2.train(config | RARELY, out=tmp_path), tmp_path / "last.pt", []
+        for row in itertools.islice(run, 7):
+            saved.append(load(path)["step"] if path.exists() else 0)
+            assert "val_loss" not in row
+        assert saved == [0, 0, 3, 3, 3, 6, 6]
 
     def test_best_is_the_model_of_the_lowest_loss_and_training_on_leaves_it(self, config, tmp_path):
         """At so high a rate the lowest loss is soon behind. It is saved at once."""
         given = config | {"data": str(write(tmp_path / "once.txt", VERDICT[:700]))}
-        given |= {"learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 99, "max_steps": 9}
+        given |= {"learning_rate": 0.1, "eval_every": 1, "checkpoint_every": 4, "max_steps": 9}
         losses = []
         for row in gpt2.train(given, out=tmp_path):
             losses.append(row["val_loss"])
             best = load(tmp_path / "best.pt")
             assert best["step"] == best["best_step"] == losses.index(min(losses)) + 1
+            assert load(tmp_path / "last.pt")["step"] >= row["step"] // 4 * 4
         assert mean_loss(read(tmp_path), held_back(given)) == approx(min(losses), rel=1e-6)
         assert 1 < best["step"] < 9 and load(tmp_path / "last.pt")["step"] == 9
 
@@ -1997,19 +2001,25 @@ def hub(tmp_path, monkeypatch):
 
 class TestPretrained:
     @cases(
-        "name, sizes, parameters, rate",
+        "name, sizes, parameters, rate, memory",
         [
-            ("gpt2", (12, 12, 768), 124_439_808, 6e-4),
-            ("gpt2-medium", (24, 16, 1024), 354_823_168, 3e-4),
-            ("gpt2-large", (36, 20, 1280), 774_030_080, 2.5e-4),
-            ("gpt2-xl", (48, 25, 1600), 1_557_611_200, 2e-4),
+            ("gpt2", (12, 12, 768), 124_439_808, 6e-4, "2.0 GB"),
+            ("gpt2-medium", (24, 16, 1024), 354_823_168, 3e-4, "5.7 GB"),
+            ("gpt2-large", (36, 20, 1280), 774_030_080, 2.5e-4, "12.4 GB"),
+            ("gpt2-xl", (48, 25, 1600), 1_557_611_200, 2e-4, "24.9 GB"),
         ],
     )
-    def test_openais_sizes(self, cli, name, sizes, parameters, rate):
+    def test_openais_sizes(self, cli, caplog, name, sizes, parameters, rate, memory):
         fixed = {"vocab_size": 50257, "context_length": 1024, "qkv_bias": True, "dropout_rate": 0.1}
         sizes = dict(zip(("n_layers", "n_heads", "emb_dim"), sizes, strict=True))
         assert gpt2.OPENAI_SIZES[name] == fixed | sizes | {"learning_rate": rate}
         assert re.search(rf"parameters +{parameters:,}\n", cli("info", name).out)
+
+        # What a run of this size says before it begins, as in the README's table.
+        caplog.set_level(logging.INFO)
+        data = SimpleNamespace(size=lambda: "a text")
+        gpt2.announce(gpt2.CONFIG | fixed | sizes, gpt2.Machine("cpu", "fp32"), data, None)
+        assert f"{memory} for weights" in caplog.text and f"| {memory} |" in README
 
     def test_an_export_has_openais_names_and_layout_and_is_read_back(self, exported):
         weights = openai_weights(lively(TINY | {"qkv_bias": False}).bfloat16().float())
@@ -2523,7 +2533,7 @@ class TestCommandLine:
         before, *steps, after = re.split(r"^step ", result.err, flags=re.MULTILINE)
         for part in ("short.txt", "403,008 parameters", "cpu", "fp32", "172 tokens", "20 tokens"):
             assert part in before
-        assert re.search(r"0\.0 GB are free: .*--emb_dim", before)
+        assert re.search(r"6 MB for weights[^.]*\n.*0\.0 GB are free: .*--emb_dim", before)
         time_left = (" 2:30 left", " 1:40 left", " 0:50 left")
         for line, row in zip(steps, rows[:4], strict=True):
             assert line.startswith(f"{row['step']}/5 ") and f"loss {row['train_loss']:.3f} " in line
@@ -2533,6 +2543,12 @@ class TestCommandLine:
         assert all(name in after for name in ("best.pt", "last.pt", "loss.png", "metrics.jsonl"))
         assert pasted(result, "generate")[-1] == "a run/it's/best.pt"
         assert cli(*pasted(result, "generate"), "--max_tokens", 3).code == 0
+
+    @cases("step, days", [(90_000, "6 days"), (14_000, None)])  # seconds a step; six are left
+    def test_a_run_of_more_than_a_day_is_warned_of(self, cli, config, monkeypatch, step, days):
+        a_clock(monkeypatch, step=step)
+        said = cli("train", *words(config | {"eval_every": 99})).err
+        assert re.findall("this run takes (.*): lower", said) == ([days] if days else [])
 
     @cases("seconds, shown", [(59.6, "1:00"), (9, "0:09"), (725, "12:05"), (3599.7, "1 h 00 min")])
     def test_times_are_those_of_a_clock(self, seconds, shown):
@@ -2547,7 +2563,7 @@ class TestCommandLine:
         assert cli("train", *words(given)).code == 0
         assert load("checkpoints/last.pt")["config"] == full
 
-    @cases("given", [{}, {"n_heads": 4, "learning_rate": 0.5}])
+    @cases("given", [{}, {"n_heads": 4, "learning_rate": 0.5, "min_learning_rate": 0.1}])
     def test_a_model_size_sets_size_and_rate_unless_given(self, cli, config, monkeypatch, given):
         small = {key: SMALL[key] for key in SMALL if key not in ("dropout_rate", "qkv_bias")}
         monkeypatch.setitem(gpt2.OPENAI_SIZES, "gpt2-medium", small | {"learning_rate": 3e-4})
@@ -2573,7 +2589,7 @@ class TestCommandLine:
     def test_a_signal_saves_and_says_what_next(self, cli, config, whole, monkeypatch, name, status):
         number, folder = getattr(signal, name), Path("the run")
         before_step(monkeypatch, 3, lambda: signal.raise_signal(number))
-        given = config | {"checkpoint_every": 99, "eval_every": 99}
+        given = config | RARELY
         result = cli("train", *words(given), "--out", folder)
         assert result.code == status and "once more" in result.err
         assert left_in(folder) == ["last.pt", "loss.png", "metrics.jsonl"]
@@ -2627,10 +2643,11 @@ class TestCommandLine:
         assert re.search("tokens +2\n", result.out)  # of that file, not of the training set
 
     def test_after_instructions_the_command_at_the_end_gives_one(self, cli, config):
-        row = {"instruction": "Say it", "input": "to me", "output": "it"}
+        row = {"instruction": "-Say", "input": "to me", "output": "it"}
         given = config | {"data": str(write_lines("a.jsonl", row)), "val_fraction": 0.0}
         result = cli("train", *words(given | {"context_length": 64, "max_steps": 1}))
-        assert {"--instruct", "--input=to me", "Say it"} <= set(pasted(result, "generate"))
+        asked = gpt2.parse(pasted(result, "generate"))
+        assert (asked.prompt, asked.input, asked.instruct) == (["-Say"], "to me", True)
 
     @long_test
     def test_the_fine_tuning_recipes_of_the_readme_learn_what_they_say(self, tmp_path):
@@ -2693,7 +2710,8 @@ class TestCommandLine:
         for given, (text, tokens, ended) in zip(asked, expected, strict=True):
             lines = say(pieces, "Once", "--json", "--num_samples", 2, *given).splitlines()
             rows = [json.loads(line) for line in lines]
-            assert all(0 < row.pop("seconds") < 60 for row in rows)
+            times = [row.pop("seconds") for row in rows]
+            assert all(0 < seconds < 60 and len(f"{seconds}") <= 6 for seconds in times)
             assert rows == [{"prompt": "Once", "text": text, "tokens": tokens, "ended": ended}] * 2
 
     @cases("samples", [1, 2])
@@ -2739,7 +2757,7 @@ class TestCommandLine:
 
     def test_a_sampling_option_implies_drawing(self, written):
         def text(options):
-            return written("Once", "--seed=3", *options.split()).out
+            return written("Once", "--seed=0", *options.split()).out
 
         greedy, drawn = text(""), text("--do_sample")
         for options in ("--temperature 1", "--top_k 60000", "--top_p 1"):
@@ -2814,12 +2832,13 @@ class TestCommandLine:
         monkeypatch.setattr(screen, "write", raising(OSError("full")), raising=False)
         assert gpt2.main(["train", *words(config | {"max_steps": 1})]) == 0
 
-    def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config, whole):
-        model = shutil.copy(whole / "last.pt", "m.ckpt")  # a checkpoint, whatever its name
-        data = shutil.copy(config["data"], "copy.txt")  # which is known by its bytes
+    def test_eval_measures_what_was_held_back_unless_all_is_asked_for(self, cli, config):
+        rows = take(config | {"data": shutil.copy(config["data"], "here.txt")}, out="ran")
+        model = shutil.move("ran/last.pt", "m.ckpt")  # a checkpoint, whatever its name
+        data = shutil.move("here.txt", "there.txt")  # which is known by its bytes
         held_back = measured(cli, data, model, "--stride", 8)
         assert held_back["tokens"] == 19
-        assert held_back["loss"] == approx(metrics_of(whole)[-1]["val_loss"], rel=1e-5)
+        assert held_back["loss"] == approx(rows[-1]["val_loss"], rel=1e-5)
         assert measured(cli, data, model, "--all")["tokens"] == 191
         other = write("other.txt", VERDICT[:800])
         assert measured(cli, other, model)["tokens"] > 172
