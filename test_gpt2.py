@@ -1205,8 +1205,9 @@ class TestDataFiles:
             assert tokens_in(write(tmp_path / "a.txt", mark + text)) == expected
 
     def test_a_large_text_is_never_whole_in_memory(self, tmp_path):
-        pieces = list(gpt2.read_text(write(tmp_path / "large.txt", VERDICT * 150)))
+        pieces = list(gpt2.read_text(path := write(tmp_path / "large.txt", VERDICT * 150)))
         assert "".join(pieces) == VERDICT * 150 and max(map(len, pieces)) < 1_200_000
+        assert gpt2.fingerprint([path]) == sha256(path)  # of all its bytes
 
     @cases(
         "content, cause",
