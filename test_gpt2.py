@@ -959,7 +959,8 @@ class TestTraining:
 
     @cases("epochs, steps, taken, epoch", [(0.5, 0, 4, 1), (1.1, 0, 9, 2), (0.5, 10, 10, 2)])
     def test_a_schedule_in_parts_of_an_epoch_or_in_steps(self, config, epochs, steps, taken, epoch):
-        rows = take(config | {"epochs": epochs, "schedule_steps": steps, "eval_every": 99})
+        given = {"epochs": epochs, "schedule_steps": steps, "eval_every": 99, "max_steps": 30}
+        rows = take(config | given)
         assert (len(rows), rows[-1]["epoch"]) == (taken, epoch)
         assert rows[-1]["learning_rate"] == approx(1e-4)  # the lowest, at the end
 
@@ -1222,6 +1223,12 @@ class TestDataFiles:
     )
     def test_what_is_no_text_is_named_by_its_place(self, tmp_path, content, cause):
         refused(f"some.txt.*{cause}", lambda: tokens_in(write(tmp_path / "some.txt", content)))
+
+    def test_many_blanks_are_read_at_once(self, tmp_path):
+        """A search that begins anew at each of them takes half a minute."""
+        text, began = "a" + " " * 199_000, time.perf_counter()
+        assert len(tokens_in(write(tmp_path / "a.txt", text + "b"))) > 1000
+        assert time.perf_counter() - began < 5
 
     @cases(
         "record, expected",
