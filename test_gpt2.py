@@ -66,15 +66,16 @@ SMALL = TINY | {"vocab_size": 50257, "emb_dim": 8, "n_heads": 2, "n_layers": 1} 
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """The command line changes its process: signals, log handlers. Put them back after a test."""
+    """The command line changes its process: signals, log handlers. Put them back after a test.
+    Notes are on, as there."""
     torch.manual_seed(0)
+    gpt2.log.setLevel(logging.INFO)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
     gpt2.log.handlers.clear()
-    gpt2.log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -1586,7 +1587,6 @@ class TestRuns:
 
     @cases("key", SAID)
     def test_a_change_of_the_schedule_is_said_and_done(self, config, whole, copied, caplog, key):
-        caplog.set_level(logging.INFO, logger="gpt2")
         row = go_on(copied(2), **{key: SAID[key]})
         assert re.search(rf"{key}.*{SAID[key]:g}.*{(gpt2.CONFIG | config)[key]:g}", caplog.text)
         n_steps = {"epochs": 24, "schedule_steps": 20}.get(key, STEPS)
@@ -1994,7 +1994,6 @@ class TestPretrained:
         assert re.search(rf"parameters +{parameters}\n", cli("info", name).out)
 
         # And so is the memory that a run of it says it needs.
-        caplog.set_level(logging.INFO)
         data = SimpleNamespace(size=lambda: "a text")
         gpt2.announce(gpt2.CONFIG | size, gpt2.Machine("cpu", "fp32"), data, None)
         assert f"{memory} for weights" in caplog.text
@@ -2195,7 +2194,6 @@ class TestPretrained:
             assert same(read(str(tmp_path)).state_dict(), lively(TINY, seed=seed).state_dict())
 
     def test_a_name_is_downloaded_once_and_what_lies_here_comes_first(self, hub, caplog):
-        caplog.set_level(logging.INFO, logger="gpt2")
         write_tensors(hub, openai_weights(lively(TINY)))
         assert same(read("gpt2").state_dict(), lively(TINY).state_dict())
         hub.unlink()
@@ -2791,7 +2789,6 @@ class TestCommandLine:
         assert re.search(r"\b4\b[^\r\n]*\r\x1b\[K8 tokens in", sys.stderr.getvalue())
 
     def test_a_step_that_overflowed_in_fp16_is_shown_as_skipped(self, caplog):
-        caplog.set_level(logging.INFO)
         row = {"step": 3, "total_steps": 9, "epoch": 1, "train_loss": None, "sample": "so"}
         gpt2.show_step(row, rates=[100.0], seconds_left=7)
         assert re.search("step 3/9 .*skipped.* 100 tokens/s .*0:07", caplog.text)
@@ -2898,9 +2895,15 @@ class TestCommandLine:
         assert "KeyboardInterrupt" in subprocess.run([sys.executable, "-c", code], **options).stderr
 
     def test_ctrl_c_before_the_first_step_ends_without_a_traceback(self, cli, monkeypatch):
-        monkeypatch.setattr(gpt2, "load_data", raising(KeyboardInterrupt()))
-        result = cli("train")
-        assert result.code == 130 and "Traceback" not in result.err
+        def load_data(*given):
+            gpt2.progress.info("tokenising")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(gpt2, "load_data", load_data)
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert cli("train").code == 130
+        assert sys.stderr.getvalue().endswith("tokenising\r\x1b[K\n")  # for the prompt
 
     @long_test
     def test_compile_without_a_compiler_is_one_line(self, config, tmp_path):
