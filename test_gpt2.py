@@ -846,7 +846,8 @@ class TestTraining:
     def test_a_run_is_measured_once_an_epoch_or_as_asked(self, config, whole, one_window):
         assert [row["step"] for row in metrics_of(whole) if "val_loss" in row] == [*range(2, 17, 2)]
         given = one_window | {"epochs": 25.0, "batch_size": 1, "val_data": one_window["data"]}
-        for change, steps in (({}, [2, 4]), ({"eval_every": 3}, [3]), ({"val_data": ""}, [2, 4])):
+        changes = [({}, [2, 4]), ({"eval_every": 3}, [3]), ({"val_data": ""}, [2, 4])]
+        for change, steps in [*changes, ({"epochs": 75.0}, [3])]:  # of 150 steps: fifty times
             rows = take(given | {"max_steps": 5} | change)
             measured = [] if "val_data" in change else steps
             assert [row["step"] for row in rows if "val_loss" in row] == measured
@@ -1267,6 +1268,7 @@ class TestDataFiles:
             ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "messages.*completion"),
             ("a.jsonl", '{"prompt": "a", "completion": null}\n', "line 1.*completion"),
             ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 1}\n', "answer.*1"),
+            ("a.jsonl", '{"prompt": "a", "choices": ["b"], "answer": -1}\n', "answer.*-1"),
             ("a.jsonl", '{"prompt": "a", "choices": "bc", "answer": 0}\n', "choices"),
             ("a.jsonl", '{"prompt": "a", "choices": ["", "b"], "answer": 1}\n', "choices"),
             ("a.csv", "prompt,completion,end\na,<|endoftext|>,false\n", "line 2.*predict"),
@@ -1715,6 +1717,8 @@ class TestRuns:
         last = shutil.move(folder / "last.pt", folder / "moved.pt")  # best.pt is a run's, too
         refused("--resume.*--overwrite.*--out", lambda: next(gpt2.train(config, out=folder)))
         shutil.move(last, folder / "last.pt")
+        wrong = config | {"context_length": 999}
+        refused("999", lambda: next(gpt2.train(wrong, out=folder, overwrite=True)))
         assert len(metrics_of(folder)) == 12
         given = config | {"val_fraction": 0.0, "checkpoint_every": 2, "max_steps": 2}
         run = gpt2.train(given, out=folder, overwrite=True)
