@@ -484,6 +484,10 @@ class TestModel:
                 assert (parameter == (1.0 if one else 0.0)).all(), name
 
 
+WINDOWS = {(None, 0): [0, 4, 8, 11], (11, 0): [0, 11], (4, 1): [0, 3, 7, 11, 11]}
+WINDOWS |= {(3, 2): [0, 1, 4, 7, 10, 11], (5, 5): [0, 0, 5, 10, 11]}  # where each begins
+
+
 class TestData:
     def test_the_tokenizer_is_gpt2s(self, tokenizer):
         assert gpt2.text_to_token_ids("Hello, world", tokenizer).tolist() == [[15496, 11, 995]]
@@ -513,18 +517,10 @@ class TestData:
         assert gpt2.token_ids_to_text(tokenizer.encode("🙂")[:1], tokenizer) == "�"
         assert gpt2.token_ids_to_text([0, END, 50257, 50303], tokenizer) == "!<|endoftext|>"
 
-    @cases(
-        "stride, offset, starts",
-        [
-            (None, 0, [0, 4, 8, 11]),
-            (11, 0, [0, 11]),
-            (4, 1, [0, 3, 7, 11, 11]),
-            (3, 2, [0, 1, 4, 7, 10, 11]),
-            (5, 5, [0, 0, 5, 10, 11]),
-        ],
-    )
-    def test_windows_begin_every_stride_and_targets_are_one_ahead(self, stride, offset, starts):
+    @cases("stride, offset", WINDOWS)
+    def test_windows_begin_every_stride_and_targets_are_one_ahead(self, stride, offset):
         dataset = gpt2.GPTDataset(torch.arange(16)[None], 4, stride, offset)
+        starts = WINDOWS[stride, offset]
         assert len(dataset) == len(starts)
         for (x, y), start in zip(dataset, starts, strict=True):
             assert x.tolist() == list(range(start, start + 4))
@@ -592,8 +588,7 @@ class TestConfig:
         given = {"emb_dim": np.int64(64), "learning_rate": np.float32(0.5), "epochs": np.int32(3)}
         given |= {"compile": np.bool_(True), "data": Path("a.txt")}
         plain = {"emb_dim": 64, "learning_rate": 0.5, "epochs": 3.0, "compile": True}
-        checked = gpt2.check_given(given)
-        assert checked == plain | {"data": "a.txt"}
+        assert (checked := gpt2.check_given(given)) == plain | {"data": "a.txt"}
         assert [type(value) for value in checked.values()] == [int, float, float, bool, str]
 
     def test_what_does_not_exist_or_fit_together_is_named(self):
@@ -772,8 +767,7 @@ class TestTraining:
     @cases("length, context, stride", [(100, 10, 5), (101, 10, 10), (99, 8, 3), (17, 16, 16)])
     def test_in_each_epoch_every_token_but_the_first_is_a_target(self, length, context, stride):
         """Also the last ones, and where windows do not overlap."""
-        dataset = gpt2.TextDataset(range(length), context, stride)
-        for epoch in epochs_of(dataset, 20):
+        for epoch in epochs_of(gpt2.TextDataset(range(length), context, stride), 20):
             assert {token for _, y in epoch for token in y} == set(range(1, length))
             assert all(y == [token + 1 for token in x] for x, y in epoch)
 
@@ -1928,8 +1922,8 @@ def read_tensors(path):
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = (begin + offset for offset in entry["data_offsets"])
-        assert start == end and stop - start == 4 * math.prod(entry["shape"])
-        assert entry.keys() == {"dtype", "shape", "data_offsets"} and entry["dtype"] == "F32"
+        assert entry.keys() == {"dtype", "shape", "data_offsets"}
+        assert (start, entry["dtype"]) == (end, "F32")
         values = torch.frombuffer(bytearray(content[start:stop]), dtype=torch.float32)
         tensors[name], end = values.view(entry["shape"]), stop
     assert end == len(content)
@@ -2568,8 +2562,7 @@ class TestCommandLine:
     def test_a_signal_saves_and_says_what_next(self, cli, config, whole, monkeypatch, name, status):
         number, folder = getattr(signal, name), Path("the run")
         before_step(monkeypatch, 3, lambda: signal.raise_signal(number))
-        given = config | RARELY
-        result = cli("train", *words(given), "--out", folder)
+        result = cli("train", *words(config | RARELY), "--out", folder)
         assert result.code == status and "once more" in result.err
         assert left_in(folder) == ["last.pt", "loss.png", "metrics.jsonl"]
         assert len(metrics_of(folder)) == load(folder / "last.pt")["step"] == 3
