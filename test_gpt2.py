@@ -1357,6 +1357,7 @@ class TestDataFiles:
             assert train_set.token_ids.tolist() == ids[: 5145 - n_val]
             assert (val_set.token_ids.tolist() if val_set else []) == ids[5145 - n_val :]
             assert (train_set.context_length, train_set.stride) == (64, 32)
+        assert gpt2.load_data(gpt2.CONFIG | {"context_length": 1})[0].stride == 1
         for change in ({"context_length": 5000}, {"val_fraction": 0.99}, {"max_val_tokens": 1}):
             refused("token", lambda change=change: gpt2.load_data(gpt2.CONFIG | change))
 
@@ -1428,6 +1429,8 @@ class TestDataFiles:
         not_said = [{"prompt": "to", "completion": text} for text in (" New", " Old York", " York")]
         report = measured(cli, write_lines("a.jsonl", *said, *not_said), "says.pt")
         assert (report["exact"], report["tokens"]) == (2 / 5, 3 + 1 + 2 + 3 + 2)
+        bits = report["loss"] * 11 / math.log(2)
+        assert report["bits_per_byte"] == approx(bits / len(" New York New New Old York York"))
         assert "accuracy" not in report  # these are no labels
 
     @cases("stride", [None, 1, 3, 8, 20])
@@ -2493,6 +2496,7 @@ class TestCommandLine:
         for example in examples:
             gpt2.parse(shlex.split(example))
         assert cli("--version").out.split() == ["gpt2.py", gpt2.VERSION]
+        assert gpt2.__doc__.partition("\n")[0] in " ".join(cli("--help").out.split())
 
     def test_train_says_what_it_does_before_during_and_after(self, cli, config, monkeypatch):
         a_clock(monkeypatch, step=50)
