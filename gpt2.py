@@ -1585,7 +1585,7 @@ def check_config(config: dict, keys: Sequence[str] = tuple(CONFIG)) -> dict:
 def check_given(given: dict) -> dict:
     """What differs from CONFIG, as plain values. ValueError for a key that CONFIG does not have."""
     for key in given.keys() - CONFIG.keys():
-        near = difflib.get_close_matches(key, CONFIG, n=1, cutoff=0)
+        near = difflib.get_close_matches(key, CONFIG, cutoff=0)
         raise ValueError(f"unknown key {key!r}: did you mean {near[0]!r}?")
     return {key: check_value(key, value) for key, value in given.items()}
 
@@ -2950,7 +2950,7 @@ def run_train(args: argparse.Namespace) -> None:
 
         # All processes stop at the same step, whichever of them got the signal. After the last step
         # the run ends and saves anyway.
-        if Machine.sum(stop.signal) > 0 and row["step"] < row["total_steps"]:
+        if Machine.sum(stop.signal) and row["step"] < row["total_steps"]:
             run.close()  # which saves
             stop.close()
             log.info(f"saved step {row['step']}; go on with: {resume_command(args.out)}")
@@ -3460,7 +3460,7 @@ def hint(typed: str, options: Sequence[str]) -> str:
     """What was probably meant by an option that a command does not have."""
     name = typed.lstrip("-").partition("=")[0]
     longer = [option for option in options if name and option.startswith(name)]
-    near = longer or difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    near = longer or difflib.get_close_matches(name, options, cutoff=0.75)
     return f"; did you mean --{near[0]}?" if near else ""
 
 

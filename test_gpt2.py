@@ -2316,6 +2316,12 @@ class TestFastCPUs:
         done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
         assert int(done.stdout) > 10_000  # of 4 KB
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says it in /proc")
+    def test_free_memory_is_more_than_nothing_uses_and_less_than_all(self):
+        unused, all_pages = map(os.sysconf, ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        free = gpt2.free_memory(torch.device("cpu")) / os.sysconf("SC_PAGE_SIZE")
+        assert unused * 0.9 < free < all_pages
+
     def test_a_model_read_trained_or_saved_is_plain(self, config, whole, cli):
         assert not fast_parts(read(whole))
         for row in gpt2.train(config | {"max_steps": 1}, init=whole / "last.pt", out="run"):
@@ -2448,6 +2454,7 @@ BAD_LINES = [
     ("generate --model gpt2 --temperature -1", "temperature is -1"),  # before a download
     ("generate --model gpt2 --max_tokens 0", "max_tokens is 0"),
     ("generate --model good.pt --num_samples 10001", "from 1 to 10000"),
+    ("generate --model good.pt --max_tokens 1000000001", "from 1 to 1000000000"),
     ("generate --model few.pt", "few.pt"),
     ("generate --model good.pt --do_sample --seed -1", "seed is -1"),
     ("generate --model good.pt --input a", "--instruct"),
