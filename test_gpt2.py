@@ -941,6 +941,7 @@ class TestTraining:
     def test_a_schedule_in_parts_of_an_epoch_or_in_steps(self, config, epochs, steps, taken, epoch):
         given = {"epochs": epochs, "schedule_steps": steps, "eval_every": 99, "max_steps": 30}
         rows = take(config | given)
+        assert "val_loss" in rows[-1]  # the last step is measured anyway
         assert (len(rows), rows[-1]["epoch"]) == (taken, epoch)
         assert rows[-1]["learning_rate"] == approx(1e-4)  # the lowest, at the end
 
@@ -951,6 +952,11 @@ class TestTraining:
         refused("--resume.* --patience 0", lambda: go_on(tmp_path))
         rows = take({"patience": 4}, out=tmp_path, resume=True)
         assert [row["step"] for row in rows] == [n_steps + 1, n_steps + 2]
+
+    def test_patience_counts_from_the_lowest_loss_on(self, config, monkeypatch):
+        losses = iter([5.0, 6.0, 4.0, 6.0, 6.0])
+        monkeypatch.setattr(gpt2, "evaluate", lambda *given: next(losses))
+        assert len(take(config | {"eval_every": 1, "patience": 2})) == 5
 
     @cases("spoil", SPOILS)
     def test_a_loss_that_is_no_number_ends_a_run_but_not_for_good(self, config, tmp_path, spoil):
@@ -1052,14 +1058,15 @@ class TestGeneration:
 
     def test_a_real_model_uses_the_cache_unless_told_otherwise(self):
         """Beyond its context, too; the drawn text is one that any wrong logits would change."""
-        texts, sizes = [], []
+        texts, sizes, scored = [], [], set()
         for use_cache in (True, False):
             model = lively(TINY | {"dropout_rate": 0.5}).train()  # generating drops nothing
             model.blocks[1].register_forward_pre_hook(lambda _, x: sizes.append(x[0].size(1)))
+            model.head.register_forward_pre_hook(lambda _, x: scored.add(x[0].size(1)))
             draws = {"temperature": 1.0, "generator": seeded(0), "use_cache": use_cache}
             texts.append(gpt2.generate(model, some_ids(2, 3), 12, **draws))
         cached, plain = [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4], [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]
-        assert sizes == cached + plain
+        assert sizes == cached + plain and scored == {1}  # the last token alone
         assert torch.equal(*texts) and len(texts[0].unique()) > 8
 
     def test_rows_that_end_apart_are_filled_with_the_end(self):
@@ -1131,6 +1138,17 @@ PAIRED = f"{BELOW}, paired with an input that provides further context.{ASKED}"
 PAIRED += "### Input:\nthis\n\n### Response:\n"
 ZERO = PAIRED.replace("this", "0")
 PAIR = {"prompt": "p", "completion": " c"}
+NO_TEXTS = [(b"", "empty"), (b"one\ntwo\r\ncaf\xe9 au", "line 3, byte 4.*0xe9")]
+NO_TEXTS += [(b"one\n" * 600_000 + b"caf\xc3", "line 600001, byte 4.*0xc3")]  # half a character
+NO_TEXTS += [("one\n".encode("utf-16"), "UTF-16"), ("one\n".encode("utf-16-le"), "NUL")]
+NO_TEXTS += [
+    ("a one" + " " * 10**6 + "two b", "white-space.* near '(a one )?two")
+]  # it would panic
+TABLES = [("a.csv", "\ufeffcompletion,prompt,end\r\n c,p,false\r\n", [("p", " c", False, ())])]
+TABLES += [("a.csv", 'prompt,completion\n"a, ""b""\r\nd",1\n', [('a, "b"\r\nd', "1", True, ())])]
+TABLES += [("A.TSV", "prompt\tcompletion\na, b\t c\n", [("a, b", " c", True, ())])]
+TABLES += [("a.csv", 'text\n"one, two"\nthree\n', ["one, two", "three"])]
+TABLES += [("a.csv", "text\n" + "a" * 200_000, ["a" * 200_000])]
 PROMPTS = [" ".join(VERDICT.split()[i * 7 : i * 7 + 2]) for i in range(20)]
 
 
@@ -1190,17 +1208,7 @@ class TestDataFiles:
         assert "".join(pieces) == VERDICT * 150 and max(map(len, pieces)) < 1_200_000
         assert gpt2.fingerprint([path]) == sha256(path)  # of all its bytes
 
-    @cases(
-        "content, cause",
-        [
-            (b"", "empty"),
-            (b"one\ntwo\r\ncaf\xe9 au", "line 3, byte 4.*0xe9"),
-            (b"one\n" * 600_000 + b"caf\xc3", "line 600001, byte 4.*0xc3"),  # half a character
-            ("one\n".encode("utf-16"), "UTF-16"),
-            ("one\n".encode("utf-16-le"), "NUL"),
-            ("a one" + " " * 10**6 + "two b", "white-space.* near '(a one )?two"),  # it would panic
-        ],
-    )
+    @cases("content, cause", NO_TEXTS)
     def test_what_is_no_text_is_named_by_its_place(self, tmp_path, content, cause):
         refused(f"some.txt.*{cause}", lambda: tokens_in(write(tmp_path / "some.txt", content)))
 
@@ -1239,16 +1247,7 @@ class TestDataFiles:
             found = gpt2.read_data(str(write(tmp_path / name, content)))
             assert found == [(row["prompt"], " c", True, ()) for row in rows]
 
-    @cases(
-        "name, content, expected",
-        [
-            ("a.csv", "\ufeffcompletion,prompt,end\r\n c,p,false\r\n", [("p", " c", False, ())]),
-            ("a.csv", 'prompt,completion\n"a, ""b""\r\nd",1\n', [('a, "b"\r\nd', "1", True, ())]),
-            ("A.TSV", "prompt\tcompletion\na, b\t c\n", [("a, b", " c", True, ())]),
-            ("a.csv", 'text\n"one, two"\nthree\n', ["one, two", "three"]),
-            ("a.csv", "text\n" + "a" * 200_000, ["a" * 200_000]),
-        ],
-    )
+    @cases("name, content, expected", TABLES)
     def test_a_table_is_read_by_its_header(self, tmp_path, name, content, expected):
         assert records_in(write(tmp_path / name, content)) == expected
 
@@ -2411,18 +2410,17 @@ def pasted(result, command):
     return [command, *shlex.split(rest)]
 
 
-def in_terminal(given, columns=80, keys=b"", until=b"", more=""):
-    """Run gpt2.py in a real terminal, type keys once it showed `until` -> (status, screen)."""
+def ctrl_c_in_terminal(given, shown):
+    """Run gpt2.py in a real terminal; once it has shown this, type Ctrl-C -> (status, screen)."""
     spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
     ours = shlex.join(map(str, [sys.executable, HERE / "gpt2.py", *given]))
-    line = ["sh", "-c", f"stty cols {columns}; exec {ours} {more}"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    screen = b""
-    with subprocess.Popen([sys.executable, "-c", spawn, *line], **pipes) as process:
+    command = [sys.executable, "-c", spawn, "sh", "-c", f"stty cols 40; exec {ours}"]
+    screen, typed = b"", 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         while block := os.read(process.stdout.fileno(), 1 << 16):
             screen += block
-            if until and until in screen:
-                until = os.write(process.stdin.fileno(), keys) * b""
+            if shown in screen and not typed:
+                typed = os.write(process.stdin.fileno(), b"\x03")
     return process.returncode, screen.decode().replace("\r\n", "\n")
 
 
@@ -2468,6 +2466,12 @@ BAD_LINES = [
     ("eval --model gpt2 --data missing.txt", "missing.txt"),
     ("eval --model good.pt --data one.txt", "one.txt"),
 ]
+
+
+STOPS = [(["orl"], " Hello w"), (["orld", "wo"], " Hello "), ([" "], "")]
+STOPS += [(["again", "lo wo"], " Hel"), (["lo wo", "again"], " Hel")]  # the first in the text
+STOPS += [(["again!"], " Hello world again")]  # begins, but does not come
+STOPS += [(["!", " world aga"], " Hello")]  # a token that may begin the longest is held back
 
 
 class TestCommandLine:
@@ -2700,18 +2704,7 @@ class TestCommandLine:
             assert rows == [{"prompt": "Once", "text": text, "tokens": tokens, "ended": ended}] * 2
 
     @cases("samples", [1, 2])
-    @cases(
-        "stops, text",
-        [
-            (["orl"], " Hello w"),
-            (["orld", "wo"], " Hello "),
-            ([" "], ""),
-            (["again", "lo wo"], " Hel"),  # the first in the text
-            (["lo wo", "again"], " Hel"),
-            (["again!"], " Hello world again"),  # begins, but does not come
-            (["!", " world aga"], " Hello"),  # a token that may begin the longest is held back
-        ],
-    )
+    @cases("stops, text", STOPS)
     def test_a_stop_text_ends_before_it(self, say, stops, text, samples):
         given = [f"--stop={stop}" for stop in stops] + ["--num_samples", samples]
         said = say([" Hello", " world", " again", "<|endoftext|>"], "Say", *given)
@@ -2928,10 +2921,10 @@ class TestCommandLine:
     @long_test
     def test_ctrl_c_on_a_terminal_ends_a_text_and_saves_a_run(self, shelf, config, tmp_path):
         given = ["generate", "Once", "--model", shelf / "good.pt", "--max_tokens", 10**6]
-        status, screen = in_terminal(given, keys=b"\x03", until=b"Once")
+        status, screen = ctrl_c_in_terminal(given, b"Once")
         assert status == 130 and "Traceback" not in screen and screen.endswith("\n")
         given = [*words(config | {"epochs": 4000.0, "eval_every": 10_000}), "--out", tmp_path]
-        status, screen = in_terminal(["train", *given], 40, keys=b"\x03", until=b"step 3/")
+        status, screen = ctrl_c_in_terminal(["train", *given], b"step 3/")
         assert status == 130 and "--resume" in screen and "Traceback" not in screen
         assert len(metrics_of(tmp_path)) == load(tmp_path / "last.pt")["step"] > 1
 
