@@ -648,7 +648,8 @@ def work_of_torchrun(settings, *words):
         measured.extend(int((y != -100).sum()) for _, y in batches)
         return evaluate(model, batches, machine)
 
-    gpt2.evaluate = counting
+    gpt2.evaluate, score = counting, gpt2.scoring_batches
+    gpt2.scoring_batches = lambda data, **given: score(data, tokens=8)  # three, for two processes
     if os.environ["RANK"] == "1":
         before_step(pytest.MonkeyPatch(), 8, lambda: signal.raise_signal(signal.SIGTERM))
     try:
@@ -1336,7 +1337,7 @@ class TestDataFiles:
         note = cli("eval", "--model", choosy, "--data", write_lines("a.jsonl", *rows)).err
         assert re.search(r"4 examples.*\b2 .*context_length 16.*longest has 32\b", note)
 
-    def test_examples_are_held_back_by_the_seed(self, examples):
+    def test_examples_are_held_back_by_the_seed(self, examples, monkeypatch):
         given = gpt2.CONFIG | {"data": str(examples), "val_fraction": 0.35, "context_length": 12}
         train_set, val_set = gpt2.load_data(given)
         assert (len(train_set), len(val_set)) == (9, 6)
@@ -1348,6 +1349,8 @@ class TestDataFiles:
         refused("val_fraction", lambda: gpt2.load_data(given | {"val_fraction": 0.95}))
         # A file of its own to validate on: nothing is held back.
         assert [*map(len, gpt2.load_data(given | {"val_data": str(examples)}))] == [15, 15]
+        monkeypatch.setattr(gpt2, "process_rank", lambda: 1)  # the same ones in each process
+        assert gpt2.load_data(given)[1].examples == val_set.examples
 
     def test_of_a_text_the_end_is_held_back(self, tokenizer):
         ids = tokenizer.encode(VERDICT)  # 5,145 tokens
