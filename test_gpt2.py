@@ -2875,6 +2875,10 @@ class TestCommandLine:
             result = cli("train")
             assert result.code == 2 and "batch_size" in result.err.splitlines()[-1]
 
+    def test_a_loss_that_overflows_is_one_line_with_advice(self, cli, config):
+        result = cli("train", *words(config | {"learning_rate": 1e9, "warmup_steps": 0}))
+        assert result.code == 2 and "lower learning_rate" in result.err.splitlines()[-1]
+
     def test_without_the_vocabulary_it_says_which_folder_to_copy(self, cli, monkeypatch):
         import requests
 
