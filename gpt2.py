@@ -1285,6 +1285,8 @@ class Shuffled:
     Above 16 million, they are shuffled in parts of so many: the order of 10⁹ would fill 8 GB.
     """
 
+    PART = 2**24
+
     def __init__(self, items: "GPTDataset | CompletionDataset", seed: int):
         self.items, self.seed = items, seed
 
@@ -1292,8 +1294,8 @@ class Shuffled:
         return len(self.items)
 
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        first = place - place % 2**24  # of this part
-        order = random_order(min(2**24, len(self.items) - first), self.seed + first)
+        first = place - place % self.PART
+        order = random_order(min(self.PART, len(self.items) - first), self.seed + first)
         return self.items[first + int(order[place - first])]
 
 

@@ -1273,10 +1273,11 @@ class TestDataFiles:
 
     def test_of_a_huge_set_each_item_comes_once_in_an_order_that_fits_the_memory(self):
         count = 2**24 + 5  # shuffled in parts of 2²⁴; the order of 10⁹ items would fill 8 GB
-        items = gpt2.Shuffled(range(count), seed=3)
+        items, began = gpt2.Shuffled(range(count), seed=3), time.perf_counter()
         last = [items[i] for i in range(2**24, count)]
         assert len(items) == count and sorted(last) == list(range(2**24, count))
         assert 2**20 < max(items[i] for i in range(99)) < 2**24
+        assert time.perf_counter() - began < 10  # a part is shuffled once, not for each of them
 
     def test_no_file_is_dropped_and_no_hint_names_what_a_command_lacks(self, cli):
         parsed = gpt2.parse(["train", "a", "--data", "b", "--data", "c", "d"])
@@ -1426,8 +1427,8 @@ class TestDataFiles:
         not_said = [{"prompt": "to", "completion": text} for text in (" New", " Old York", " York")]
         report = measured(cli, write_lines("a.jsonl", *said, *not_said), "says.pt")
         assert (report["exact"], report["tokens"]) == (2 / 5, 3 + 1 + 2 + 3 + 2)
-        bits = report["loss"] * 11 / math.log(2)
-        assert report["bits_per_byte"] == approx(bits / len(" New York New New Old York York"))
+        # 11 tokens, and the 31 bytes of " New York New New Old York York".
+        assert report["bits_per_byte"] == approx(report["loss"] * 11 / math.log(2) / 31)
         assert "accuracy" not in report  # these are no labels
 
     @cases("stride", [None, 1, 3, 8, 20])
