@@ -423,8 +423,7 @@ class TestBlock:
         torch.testing.assert_close(norm(x), theirs(x))
 
     def test_feed_forward_dropout_drops_its_output_while_training(self):
-        layer = gpt2.FeedForward(TINY | {"dropout_rate": 0.5})
-        x = torch.randn(50, 12)
+        layer, x = gpt2.FeedForward(TINY | {"dropout_rate": 0.5}), torch.randn(50, 12)
         ratio = (layer(x) / layer.eval()(x)).detach().round(decimals=3)
         assert ratio.unique().tolist() == [0, 2]
 
@@ -445,8 +444,7 @@ class TestModel:
 
     @cases("chunks", [[1] * 8, [3, 1, 4], [5, 3], [6, 2], [1, 7], [8]])
     def test_read_in_pieces_with_a_cache_it_is_the_reference(self, chunks):
-        model = lively(TINY)
-        idx = some_ids(3, 8)
+        model, idx = lively(TINY), some_ids(3, 8)
         weights = openai_weights(model)
         expected = torch.stack([reference_logits(weights, 3, row) for row in idx])
 
@@ -820,8 +818,7 @@ class TestTraining:
         assert math.sqrt(total) == approx(0.1 * 0.01, rel=1e-3)  # AdamW takes a tenth
 
     def test_evaluate_is_a_mean_over_tokens_not_over_batches(self):
-        model = lively(TINY | {"dropout_rate": 0.5})
-        ids = some_ids(7, 9)
+        model, ids = lively(TINY | {"dropout_rate": 0.5}), some_ids(7, 9)
         x, y = ids[:, :-1], ids[:, 1:].clone()
         y[0, 1:] = -100
         batches = [(x[:1], y[:1]), (x[1:], y[1:])]
@@ -1102,8 +1099,7 @@ class TestGeneration:
             assert not model.training and not torch.is_grad_enabled()
             raise RuntimeError("stop")
 
-        model = lively(TINY).train(training)
-        ids = some_ids(1, 2)
+        model, ids = lively(TINY).train(training), some_ids(1, 2)
         refused("stop", lambda: gpt2.generate(model, ids, 2, on_token=on_token), RuntimeError)
         assert model.training == model.blocks[0].training == training and torch.is_grad_enabled()
 
@@ -1235,10 +1231,15 @@ class TestDataFiles:
             expected = tokenizer.encode(text, allowed_special="all")
             assert tokens_in(write(tmp_path / "a.txt", mark + text)) == expected
 
-    def test_a_large_text_is_never_whole_in_memory(self, tmp_path):
+    def test_a_large_text_is_never_whole_in_memory(self, tmp_path, monkeypatch):
         pieces = list(gpt2.read_text(path := write(tmp_path / "large.txt", VERDICT * 150)))
         assert "".join(pieces) == VERDICT * 150 and max(map(len, pieces)) < 1_200_000
         assert gpt2.fingerprint([path]) == sha256(path)  # of all its bytes
+
+        count, written = itertools.count(), []  # tokens are written while the text is read
+        monkeypatch.setattr(gpt2, "text_pieces", lambda _: (f"{next(count)}" for _ in range(40)))
+        gpt2.tokenize([path], SimpleNamespace(write=lambda _: written.append(next(count))))
+        assert len(written) == 40 and written[0] < 20
 
     @cases("content, cause", NO_TEXTS)
     def test_what_is_no_text_is_named_by_its_place(self, tmp_path, content, cause):
@@ -1546,8 +1547,7 @@ class TestRuns:
 
     def test_a_text_is_tokenised_once_into_the_folder_of_its_run(self, config, copied, monkeypatch):
         """Another text under the same name is another one, and one to validate on has its own."""
-        folder = copied(2)
-        given = config | {"val_data": config["data"], "max_steps": 1}
+        folder, given = copied(2), config | {"val_data": config["data"], "max_steps": 1}
         for content in (VERDICT[:300], VERDICT[300:600]):
             text = write(folder / "text.txt", content)
             take(given | {"data": str(text)}, out=folder / "new", overwrite=True)
