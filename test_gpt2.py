@@ -464,8 +464,7 @@ class TestModel:
         assert (model.token_embedding.weight.grad != 0).any(dim=-1).all()
 
     def test_embedding_dropout_acts_on_the_sum_of_token_and_position(self):
-        model = lively(TINY | {"dropout_rate": 0.5, "n_layers": 1})
-        streams = []
+        model, streams = lively(TINY | {"dropout_rate": 0.5, "n_layers": 1}), []
         model.blocks[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
         model.train()(some_ids(8, 8))
         model.eval()(some_ids(8, 8))
@@ -893,8 +892,7 @@ class TestTraining:
 
     @cases("change", [{"emb_dim": 16}, {"n_layers": 2}, {"qkv_bias": False}, {"context_length": 9}])
     def test_a_model_of_another_shape_or_a_frozen_one_is_refused(self, config, whole, change):
-        source = read(whole)
-        given = config | change
+        source, given = read(whole), config | change
         refused(next(iter(change)), lambda: next(gpt2.train(given, out=None, init=source)))
         source.final_norm.weight.requires_grad_(False)
         refused("final_norm.weight", lambda: next(gpt2.train(config, out=None, init=source)))
@@ -1388,8 +1386,11 @@ class TestDataFiles:
 
     @cases("context, count", [(8, 5), (1025, 5), (2500, 2)])
     def test_a_batch_scores_about_a_thousand_tokens_or_one_window(self, context, count):
-        batches = list(gpt2.scoring_batches(gpt2.TextDataset(torch.arange(5001), context)))
-        assert len(batches) == count and sum(int((y != -100).sum()) for _, y in batches) == 5000
+        dataset = gpt2.TextDataset(torch.arange(5001), context)
+        run = SimpleNamespace(machine=gpt2.Machine("cpu", "fp32"), val_set=dataset)
+        for batches in (gpt2.scoring_batches(dataset), gpt2.Run.validation_batches(run)):
+            sizes = [int((y != -100).sum()) for _, y in batches]
+            assert (len(sizes), sum(sizes)) == (count, 5000)
 
     @cases("different, copies, count", [(1, 9, 0), (2, 1, 0), (2, 2, 2), (50, 2, 50), (51, 2, 0)])
     def test_labels_are_2_to_50_completions_that_come_twice(self, different, copies, count):
@@ -1567,8 +1568,7 @@ class TestRuns:
         assert_same_run(folder, whole / str(after))
 
     def test_a_run_that_goes_on_in_another_process_is_the_same(self, whole, copied):
-        folder = copied(14)
-        environment = os.environ | {"PYTHONHASHSEED": "7"}
+        folder, environment = copied(14), os.environ | {"PYTHONHASHSEED": "7"}
         with start("train", "--resume", "--out", folder, env=environment) as process:
             notes = process.communicate()[1]
         assert process.returncode == 0 and "14" in re.search("resume .*", notes)[0], notes
@@ -2804,7 +2804,8 @@ class TestCommandLine:
         monkeypatch.setattr(sys, "stderr", log := io.StringIO())
         assert at_shelf("eval", "--model", "good.pt", "--data", HERE / "the-verdict.txt").code == 0
         assert "\r" not in log.getvalue() and "\x1b" not in log.getvalue()
-        assert log.getvalue().count("measuring") == 5  # of ten
+        counts = re.findall("measuring: (.*) tokens", log.getvalue())
+        assert (len(counts), counts[0]) == (5, "1,028")  # of ten
 
     def test_nobody_listens_and_the_run_goes_on(self, cli, config, monkeypatch):
         monkeypatch.setattr(sys, "stderr", screen := Terminal())
