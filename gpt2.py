@@ -333,7 +333,7 @@ Batch = tuple[Tensor, Tensor]  # x (B, T) and y (B, T), the tokens and their tar
 IGNORE_INDEX = -100  # a target that no loss counts, as PyTorch has it
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def load_tokenizer() -> tiktoken.Encoding:
     """GPT-2's byte-pair encoding (GPT-2 paper, section 2.2), from .tiktoken beside this file.
 
