@@ -555,8 +555,7 @@ class TestConfig:
 
     @cases("key", gpt2.CONFIG)
     def test_a_value_of_another_kind_is_refused_with_its_key(self, key):
-        kind = type(gpt2.CONFIG[key])
-        bad = [None, b"x", [1], {}]
+        kind, bad = type(gpt2.CONFIG[key]), [None, b"x", [1], {}]
         bad += [1] if kind is str else ["1"]
         bad += [1.5, True] if kind is int else [True] if kind is float else [0, 1]
         bad += [math.nan, math.inf, -math.inf, -1] if kind in (int, float) else []
@@ -1479,7 +1478,9 @@ class TestRuns:
 
     def test_fp16_loses_no_small_gradients_and_skips_steps_that_overflow(self, config, tmp_path):
         """On the CPU, too. Without scaling of the loss, most gradients would be 0."""
-        next(gpt2.train(config | FP16 | {"checkpoint_every": 1}, out=tmp_path))
+        row = next(gpt2.train(config | FP16 | {"checkpoint_every": 1}, out=tmp_path))
+        plain = next(gpt2.train(config | FP16 | {"precision": "fp32"}, out=None))
+        assert row["grad_norm"] == approx(plain["grad_norm"], rel=0.05)  # as if nothing was scaled
         state = load(tmp_path / "last.pt")
         moments = [state["exp_avg"].flatten() for state in state["optimizer"]["state"].values()]
         assert (torch.cat(moments) != 0).float().mean() > 0.95
@@ -2476,8 +2477,7 @@ STOPS += [(["!", " world aga"], " Hello")]  # a token that may begin the longest
 class TestCommandLine:
     @cases("line, named", BAD_LINES)
     def test_a_bad_command_line_is_one_line_and_status_2(self, at_shelf, shelf, line, named):
-        before = set(shelf.rglob("*"))
-        result = at_shelf(*line.split())
+        before, result = set(shelf.rglob("*")), at_shelf(*line.split())
         *notes, last = result.err.splitlines()
         assert (result.code, result.out, last[:7]) == (2, "", "gpt2.py") and named in last, last
         assert not any(note.startswith(("gpt2.py", "usage", "Traceback", " ")) for note in notes)
@@ -2534,8 +2534,8 @@ class TestCommandLine:
     @cases("step, shown", [(15_000, ["25 h 00 min"]), (14_000, [])])  # seconds a step; six are left
     def test_a_run_of_more_than_a_day_is_warned_of(self, cli, config, monkeypatch, step, shown):
         a_clock(monkeypatch, step=step)
-        said = cli("train", *words(config | {"eval_every": 99})).err
-        assert re.findall("this run takes (.*): lower", said) == shown
+        result = cli("train", *words(config | {"eval_every": 99}))
+        assert re.findall("this run takes (.*): lower", result.err) == shown
 
     @cases("seconds, shown", [(59.6, "1:00"), (9, "0:09"), (725, "12:05"), (3599.7, "1 h 00 min")])
     def test_times_are_those_of_a_clock(self, seconds, shown):
