@@ -2190,8 +2190,11 @@ def restore(run: Run, checkpoint: dict) -> None:
     state = f"the run in {run.folder} is at step {run.step} of {run.schedule_steps}"
     command = f"{resume_command(str(run.folder))} --max_steps 0"
     if run.step >= run.schedule_steps:
-        key = "schedule_steps" if run.config["schedule_steps"] else "epochs"
-        longer = f"{command} --{key} {2 * run.config[key]}"
+        # Twice what was trained, not what was asked for: a resume may have asked for less.
+        in_steps = run.config["schedule_steps"]
+        epochs = math.ceil(run.step / run.steps_per_epoch)
+        advice = f"--schedule_steps {2 * run.step}" if in_steps else f"--epochs {2 * epochs}"
+        longer = f"{command} {advice}"
         raise ValueError(f"{state}, finished: to train longer, on a longer schedule, run {longer}")
     if run.step >= run.total_steps:
         raise ValueError(f"{state}, stopped by max_steps: to finish it, run {command}")
